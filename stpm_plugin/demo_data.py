@@ -1,0 +1,276 @@
+"""Demo images drawn on the spot: a machined part on a bench, good or with one defect and its exact mask."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from anomalib.data import AnomalibDataModule, MVTecADDataset
+from anomalib.data.utils import Split, TestSplitMode, ValSplitMode
+from PIL import Image, ImageDraw, ImageFilter
+from torchvision.transforms.v2 import Transform
+
+from .register import publish
+
+SIDE = 256  # pixels of an image
+DRAW = 2  # drawn at twice the size and reduced, so that edges are smooth
+VERSION = 1  # raise when the drawing changes, so that old images are not taken for new ones
+
+
+class DemoData(AnomalibDataModule):
+    """A small industrial scene in MVTec AD's layout, drawn once on disk, the same for the same seed.
+
+    Good images vary in pose, light, grain and sensor noise. Defects are scratches, dents, stains, missing holes and
+    foreign chips of many sizes; each mask marks exactly the pixels that the defect changed.
+
+    Args:
+        root: Folder for the images; drawn when missing.
+        train_images: Good images to train on.
+        test_images: Images of each test kind: good ones, and each of the five defects.
+        train_batch_size: Images in a training batch.
+        eval_batch_size: Images in a validation or test batch.
+        num_workers: Processes that read images; 0 reads them in the main process.
+        train_augmentations: As in anomalib.
+        val_augmentations: As in anomalib.
+        test_augmentations: As in anomalib.
+        augmentations: As in anomalib.
+        val_split_mode: As in anomalib; half of the test images by default, so that thresholds are not set on the
+            images that are tested.
+        val_split_ratio: Share of the test images that goes to validation.
+        seed: Seed of the drawing and of the split.
+    """
+
+    def __init__(
+        self,
+        root: Path | str = "./datasets/stpm_demo",
+        train_images: int = 60,
+        test_images: int = 10,
+        train_batch_size: int = 8,
+        eval_batch_size: int = 8,
+        num_workers: int = 0,
+        train_augmentations: Transform | None = None,
+        val_augmentations: Transform | None = None,
+        test_augmentations: Transform | None = None,
+        augmentations: Transform | None = None,
+        val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TEST,
+        val_split_ratio: float = 0.4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            train_batch_size=train_batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            train_augmentations=train_augmentations,
+            val_augmentations=val_augmentations,
+            test_augmentations=test_augmentations,
+            augmentations=augmentations,
+            test_split_mode=TestSplitMode.FROM_DIR,
+            val_split_mode=val_split_mode,
+            val_split_ratio=val_split_ratio,
+            seed=seed,
+        )
+        self.root = Path(root)
+        self.train_images, self.test_images = train_images, test_images
+        self.category = f"plate-v{VERSION}-{train_images}-{test_images}-{seed}"
+
+    def prepare_data(self) -> None:
+        """Draw the images, unless they are there."""
+        folder = self.root / self.category
+        if folder.is_dir():
+            return
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        draw(unfinished, self.train_images, self.test_images, self.seed)
+        unfinished.rename(folder)
+
+    def _setup(self, _stage: str | None = None) -> None:
+        self.prepare_data()  # anomalib's pipelines and export call setup alone
+        self.train_data = MVTecADDataset(root=self.root, category=self.category, split=Split.TRAIN)
+        self.test_data = MVTecADDataset(root=self.root, category=self.category, split=Split.TEST)
+
+
+def draw(folder: Path, train_images: int, test_images: int, seed: int) -> None:
+    """Draw a data set in MVTec AD's layout.
+
+    Args:
+        folder: Where ``train``, ``test`` and ``ground_truth`` go.
+        train_images: Good images in ``train/good``.
+        test_images: Images of each kind in ``test``.
+        seed: The same seed draws the same images.
+    """
+    for part, count, kinds in (("train", train_images, ["good"]), ("test", test_images, ["good", *DEFECTS])):
+        for kind in kinds:
+            (folder / part / kind).mkdir(parents=True)
+            if kind != "good":
+                (folder / "ground_truth" / kind).mkdir(parents=True)
+            for index in range(count):
+                rng = np.random.default_rng([seed, part == "test", [*DEFECTS, "good"].index(kind), index])
+                image, mask = scene(rng, kind)
+                Image.fromarray(image).save(folder / part / kind / f"{index:03}.png")
+                if kind != "good":
+                    Image.fromarray(mask).save(folder / "ground_truth" / kind / f"{index:03}_mask.png")
+
+
+def scene(rng: np.random.Generator, kind: str = "good") -> tuple[np.ndarray, np.ndarray]:
+    """Draw one image.
+
+    Args:
+        rng: Source of pose, light, grain, noise and defect.
+        kind: ``good`` or a name in ``DEFECTS``.
+
+    Returns:
+        Image (256, 256, 3), uint8, and mask (256, 256), uint8, 255 where the defect changed the image.
+    """
+    side = SIDE * DRAW
+    angle, scale = rng.uniform(-15, 15), rng.uniform(0.92, 1.05)
+    shift = rng.uniform(-14, 14, 2) * DRAW
+    part = _plate(rng, side)
+    changed = part if kind == "good" else DEFECTS[kind](part.copy(), rng)
+    layers = [_place(layer, angle, scale, shift) for layer in (part, changed)]
+    bench = _grain(rng, side, 40, 0.0) * 10 + rng.uniform(58, 74)
+    light = _light(rng)
+    noise = rng.normal(0, rng.uniform(2.0, 4.0), (SIDE, SIDE, 3))
+    tint = np.array([1.0, 1.0, 1.0]) + rng.uniform(-0.03, 0.03, 3)
+    clean, image = (_shade(layer, bench, light, tint) for layer in layers)
+    mask = (np.abs(image - clean).max(axis=2) > 6).astype(np.uint8) * 255
+    return np.clip(image + noise, 0, 255).astype(np.uint8), mask
+
+
+def _plate(rng: np.random.Generator, side: int) -> Image.Image:
+    """A brushed metal plate with five holes and a printed bar code: RGBA, transparent beside the part."""
+    brushed = _grain(rng, side, 3, 40) * 16 + 150
+    pixels = np.repeat(brushed[:, :, None], 3, axis=2) * np.array([1.0, 0.98, 0.94])
+    plate = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).convert("RGBA")
+    pen = ImageDraw.Draw(plate)
+    for x, y in HOLES:
+        _disc(pen, x * side, y * side, 0.045 * side, (52, 50, 48, 255))
+        _disc(pen, x * side, y * side, 0.033 * side, (24, 24, 26, 255))
+    left = 0.36 * side
+    for width in (2, 1, 3, 1, 2, 1, 1, 3, 2, 1):
+        pen.rectangle([left, 0.62 * side, left + width * side / 130, 0.70 * side], fill=(60, 62, 80, 255))
+        left += (width + 1.4) * side / 130
+    shape = Image.new("L", (side, side), 0)
+    ImageDraw.Draw(shape).rounded_rectangle([0.16 * side, 0.2 * side, 0.84 * side, 0.8 * side], 0.06 * side, fill=255)
+    plate.putalpha(shape)
+    return plate
+
+
+HOLES = ((0.25, 0.3), (0.75, 0.3), (0.25, 0.7), (0.75, 0.7), (0.5, 0.42))  # centres, shares of the drawing's side
+
+
+def _spot(rng: np.random.Generator, side: int) -> tuple[float, float]:
+    """A place on the plate, away from its rim."""
+    return rng.uniform(0.24, 0.76) * side, rng.uniform(0.28, 0.72) * side
+
+
+def _scratch(part: Image.Image, rng: np.random.Generator) -> Image.Image:
+    x, y = _spot(rng, part.width)
+    turn, length = rng.uniform(0, np.pi), rng.uniform(0.06, 0.3) * part.width
+    bends = np.cumsum(np.column_stack([np.full(6, length / 5), rng.normal(0, length / 40, 6)]), axis=0)
+    cos, sin = np.cos(turn), np.sin(turn)
+    line = [(x + cos * a - sin * b, y + sin * a + cos * b) for a, b in bends - bends.mean(axis=0)]
+    tone = int(rng.choice([70, 225]))
+    return _keep_shape(part, lambda pen: pen.line(line, fill=(tone, tone, tone, 255), width=int(rng.integers(3, 6))))
+
+
+def _dent(part: Image.Image, rng: np.random.Generator) -> Image.Image:
+    x, y = _spot(rng, part.width)
+    radius = rng.uniform(0.015, 0.06) * part.width
+
+    def strokes(pen: ImageDraw.ImageDraw) -> None:
+        _disc(pen, x, y, radius, (118, 116, 112, 255))
+        _disc(pen, x - radius / 4, y - radius / 4, radius * 0.7, (190, 188, 182, 255))
+
+    return _keep_shape(part, strokes)
+
+
+def _stain(part: Image.Image, rng: np.random.Generator) -> Image.Image:
+    x, y = _spot(rng, part.width)
+    radius = rng.uniform(0.02, 0.08) * part.width
+    blobs = [(x + rng.normal(0, radius / 2), y + rng.normal(0, radius / 2), radius * rng.uniform(0.4, 0.8)) for _ in range(6)]
+    color = (int(rng.integers(95, 125)), int(rng.integers(75, 95)), int(rng.integers(45, 65)), 255)
+    return _keep_shape(part, lambda pen: [_disc(pen, *blob, color) for blob in blobs])
+
+
+def _missing_hole(part: Image.Image, rng: np.random.Generator) -> Image.Image:
+    x, y = HOLES[rng.integers(len(HOLES))]
+    side = part.width
+    size = int(0.1 * side)
+    source = part.crop((int(0.42 * side), int(0.5 * side), int(0.42 * side) + size, int(0.5 * side) + size))
+    part.paste(source, (int(x * side - size / 2), int(y * side - size / 2)))
+    return part
+
+
+def _chip(part: Image.Image, rng: np.random.Generator) -> Image.Image:
+    x, y = _spot(rng, part.width)
+    radius = rng.uniform(0.012, 0.04) * part.width
+    turns = np.sort(rng.uniform(0, 2 * np.pi, 5))
+    corners = [(x + radius * np.cos(turn), y + radius * np.sin(turn)) for turn in turns]
+    color = tuple(int(value) for value in rng.choice([(172, 120, 70), (60, 70, 66), (205, 205, 198)])) + (255,)
+    return _keep_shape(part, lambda pen: pen.polygon(corners, fill=color))
+
+
+DEFECTS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
+    "scratch": _scratch,
+    "dent": _dent,
+    "stain": _stain,
+    "missing_hole": _missing_hole,
+    "chip": _chip,
+}
+
+
+def _disc(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, color: tuple[int, ...]) -> None:
+    pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=color)
+
+
+def _keep_shape(part: Image.Image, strokes: Callable[[ImageDraw.ImageDraw], object]) -> Image.Image:
+    """Draw on a part without changing where it is transparent."""
+    shape = part.getchannel("A")
+    strokes(ImageDraw.Draw(part))
+    part.putalpha(shape)
+    return part
+
+
+def _grain(rng: np.random.Generator, side: int, fine: float, brushed: float) -> np.ndarray:
+    """Smooth noise of unit deviation (side, side), stretched along x where ``brushed`` is above 0, pixels."""
+    noise = Image.fromarray(rng.normal(0, 60, (side, side)).astype(np.float32) + 128).convert("L")
+    if brushed:
+        noise = noise.resize((max(1, int(side / brushed)), side)).resize((side, side))
+    values = np.asarray(noise.filter(ImageFilter.GaussianBlur(fine)), dtype=np.float64)
+    return (values - values.mean()) / values.std()
+
+
+def _light(rng: np.random.Generator) -> np.ndarray:
+    """A soft lamp's brightness (256, 256), about 1."""
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
+    center_x, center_y = rng.uniform(0, 1, 2)
+    lamp = np.exp(-((x - center_x) ** 2 + (y - center_y) ** 2) / 0.8)
+    return rng.uniform(0.75, 0.9) + rng.uniform(0.2, 0.35) * lamp
+
+
+def _place(part: Image.Image, angle: float, scale: float, shift: np.ndarray) -> Image.Image:
+    """Turn, scale and move a part, and reduce it to the image's size."""
+    center = part.width / 2
+    turned = part.rotate(angle, Image.Resampling.BICUBIC, translate=tuple(shift.astype(int)))
+    box = (center - center / scale, center - center / scale, center + center / scale, center + center / scale)
+    return turned.resize((SIDE, SIDE), Image.Resampling.BOX if scale == 1 else Image.Resampling.BILINEAR, box=_inside(box, part.width))
+
+
+def _inside(box: tuple[float, ...], side: int) -> tuple[float, ...]:
+    """Keep a crop box within an image."""
+    return (max(box[0], 0), max(box[1], 0), min(box[2], side), min(box[3], side))
+
+
+def _shade(part: Image.Image, bench: np.ndarray, light: np.ndarray, tint: np.ndarray) -> np.ndarray:
+    """Lay a part with its shadow on the bench, under the lamp: (256, 256, 3), float, in [0, 255]."""
+    pixels = np.asarray(part, dtype=np.float64)
+    alpha = pixels[:, :, 3:] / 255
+    shadow = Image.fromarray(pixels[:, :, 3].astype(np.uint8)).filter(ImageFilter.GaussianBlur(4))
+    shadow = 1 - 0.5 * np.roll(np.asarray(shadow, dtype=np.float64), 3, axis=(0, 1)) / 255
+    ground = np.asarray(Image.fromarray(bench.astype(np.float32)).resize((SIDE, SIDE))) * shadow
+    return (pixels[:, :, :3] * alpha + ground[:, :, None] * (1 - alpha)) * light[:, :, None] * tint
+
+
+publish(DemoData, "anomalib.data")

@@ -1,0 +1,103 @@
+"""Keep the training images and the teacher's features, in memory or in a file, so that neither is made twice."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+CacheMode = Literal["auto", "memory", "disk", "off"]
+MEMORY_SHARE = 0.5  # of the free memory: the other half is for activations, the page cache and other programs
+KEPT_DTYPE = torch.float16  # 11 bits: an image needs 8, and a unit vector's distance moves by less than 1e-6
+
+
+class FeatureCache:
+    """Images (N, 3, H, W) in [0, 1] and one map of unit vectors (N, C_l, H_l, W_l) for each level, in half precision.
+
+    Args:
+        count: Number of images N.
+        image: One image (3, H, W).
+        teacher: Its unit vectors (C_l, H_l, W_l), for each level.
+        directory: Where the file goes; ``None`` keeps everything in memory.
+
+    Raises:
+        OSError: The directory has no room or cannot be written.
+    """
+
+    def __init__(self, count: int, image: Tensor, teacher: Sequence[Tensor], directory: Path | None) -> None:
+        shapes = [(count, *tensor.shape) for tensor in (image, *teacher)]
+        if directory is None:
+            store = [torch.empty(shape, dtype=KEPT_DTYPE) for shape in shapes]
+        else:
+            flat = _mapped(directory, sum(math.prod(shape) for shape in shapes))
+            parts = flat.split([math.prod(shape) for shape in shapes])
+            store = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        self.images, *self.teacher = store
+
+    def put(self, start: int, images: Tensor, teacher: Sequence[Tensor]) -> None:
+        """Keep images (B, 3, H, W) and their unit vectors (B, C_l, H_l, W_l) from place ``start`` on."""
+        for kept, given in zip((self.images, *self.teacher), (images, *teacher), strict=True):
+            kept[start : start + len(given)] = given.to(KEPT_DTYPE)
+
+    def get(self, places: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the images (B, 3, H, W), float32, and unit vectors (B, C_l, H_l, W_l) at ``places`` (B,)."""
+        return self.images[places].float(), [level[places] for level in self.teacher]
+
+
+def open_cache(
+    mode: CacheMode, directory: str | None, count: int, image: Tensor, teacher: Sequence[Tensor]
+) -> FeatureCache | None:
+    """Choose where to keep ``count`` images, say so, and make the room.
+
+    Args:
+        mode: ``memory``, ``disk``, ``off``, or ``auto``: memory while it takes at most half of what is free, then disk.
+        directory: Where the file goes; ``None`` for the system's temporary directory.
+        count: Number of images.
+        image: One image (3, H, W).
+        teacher: Its unit vectors (C_l, H_l, W_l), for each level.
+
+    Returns:
+        The empty cache, or ``None`` where nothing is kept: ``off``, or a disk without the room, which is said.
+    """
+    need = count * sum(tensor.numel() for tensor in (image, *teacher)) * KEPT_DTYPE.itemsize
+    if mode == "auto":
+        mode = "memory" if need <= MEMORY_SHARE * psutil.virtual_memory().available else "disk"
+    if mode == "off":
+        return None
+    folder = Path(directory or tempfile.gettempdir()) if mode == "disk" else None
+    place = f"a file in {folder}" if folder else "memory"
+    rank_zero_info(f"STPM: keeping {count} images and their teacher features in {place}, {need / 2**30:.2f} GiB.")
+    try:
+        return FeatureCache(count, image, teacher, folder)
+    except OSError as error:
+        free = shutil.disk_usage(folder).free / 2**30 if folder and folder.is_dir() else 0.0
+        rank_zero_warn(
+            f"STPM: the cache of {need / 2**30:.2f} GiB finds no room in {folder} ({free:.2f} GiB free, {error.strerror}): "
+            "training goes on without it, slower. Point cache_dir at a larger disk to have it."
+        )
+        return None
+
+
+def _mapped(directory: Path, count: int) -> Tensor:
+    """Map a new file of ``count`` values; its name is gone at once, so no crash leaves it behind."""
+    directory.mkdir(parents=True, exist_ok=True)
+    size = count * KEPT_DTYPE.itemsize
+    descriptor, name = tempfile.mkstemp(prefix="stpm-cache-", dir=directory)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)  # a full disk is an error now, not a bus error later
+        else:
+            os.truncate(descriptor, size)
+        return torch.from_file(name, shared=True, size=count, dtype=KEPT_DTYPE)
+    finally:
+        os.close(descriptor)
+        Path(name).unlink()

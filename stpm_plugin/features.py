@@ -1,0 +1,122 @@
+"""Feature pyramids of timm backbones: what the teacher and the student both are.
+
+A pyramid is any timm model that offers ``features_only``, cut after its last used layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .errors import STPMError
+
+
+class FeaturePyramid(nn.Module):
+    """The chosen layers' features of a randomly initialised timm backbone.
+
+    Args:
+        backbone: timm model name, with or without its weights' tag (``resnet18.tv_in1k``).
+        layers: timm's names of the layers (``layer1``) or their indices among the backbone's feature
+            levels (for ResNet ``0`` is the stem, ``1`` is ``layer1``), from shallow to deep.
+
+    Attributes:
+        layers: Names of the chosen layers.
+        channels: Channels of each chosen layer.
+        strides: Input pixels per feature position, one for each chosen layer.
+
+    Raises:
+        STPMError: The backbone is unknown to timm or has no ``features_only``, or a layer is unknown,
+            named twice or out of order.
+    """
+
+    def __init__(self, backbone: str, layers: Sequence[str | int]) -> None:
+        super().__init__()
+        names = [level["module"] for level in _create(backbone).feature_info.info]
+        self.indices = _indices(backbone, layers, names)
+        self.net = _create(backbone, out_indices=self.indices)
+        info = self.net.feature_info
+        self.layers: list[str] = [names[index] for index in self.indices]
+        self.channels: list[int] = info.channels()
+        self.strides: list[int] = info.reduction()
+        self.channels_last_output = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Map images (B, 3, H, W) to one feature map (B, C_l, H_l, W_l) for each chosen layer.
+
+        Raises:
+            STPMError: The images have another number of channels, or are smaller than the deepest layer's stride.
+        """
+        channels, height, width = images.shape[1:]
+        if channels != 3:
+            msg = f"STPM takes images of 3 channels, got {channels}: convert grey images to RGB by repeating the channel."
+            raise STPMError(msg)
+        if not torch.compiler.is_compiling() and min(height, width) < self.strides[-1]:
+            msg = (
+                f"image of {height} x {width} pixels is smaller than the stride {self.strides[-1]} of layer "
+                f"{self.layers[-1]}: raise image_size or leave out the deepest layers."
+            )
+            raise STPMError(msg)
+        features = self.net(images)
+        if self.channels_last_output:
+            return [level.permute(0, 3, 1, 2) for level in features]  # NHWC families: Swin and its kin
+        return list(features)
+
+
+class FrozenPyramid(FeaturePyramid):
+    """A pyramid that nothing trains: the teacher.
+
+    It stays in eval mode, so no BatchNorm statistic moves, and its features carry no gradient.
+    """
+
+    def __init__(self, backbone: str, layers: Sequence[str | int]) -> None:
+        super().__init__(backbone, layers)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> FrozenPyramid:
+        """Stay in eval mode, whatever ``mode`` says."""
+        del mode
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Map images (B, 3, H, W) to one feature map (B, C_l, H_l, W_l) for each chosen layer, without gradient."""
+        return super().forward(images)
+
+
+def _create(backbone: str, **arguments: Any) -> nn.Module:
+    """Build timm's ``features_only`` network, without weights."""
+    if not timm.is_model(backbone):
+        near = ", ".join(timm.list_models(f"*{backbone.split('.')[0].split('_')[0]}*")[:5])
+        hint = f"; near it: {near}" if near else ""
+        msg = f"backbone={backbone!r} is not a timm model{hint}. `timm.list_models()` lists them all."
+        raise STPMError(msg)
+    try:
+        return timm.create_model(backbone, pretrained=False, features_only=True, **arguments)
+    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+        msg = (
+            f"backbone={backbone!r} offers no features_only in timm, so it has no feature pyramid; "
+            f"choose another backbone, such as resnet18.tv_in1k. timm says: {error}"
+        )
+        raise STPMError(msg) from error
+
+
+def _indices(backbone: str, layers: Sequence[str | int], names: list[str]) -> tuple[int, ...]:
+    """Resolve layer names and indices to feature-level indices, in ascending order."""
+    indices = []
+    for layer in layers:
+        if isinstance(layer, str) and layer in names:
+            indices.append(names.index(layer))
+        elif not isinstance(layer, str) and 0 <= layer < len(names):
+            indices.append(layer)
+        else:
+            listed = ", ".join(f"{name} ({index})" for index, name in enumerate(names))
+            msg = f"layers={list(layers)!r}: {backbone} has no layer {layer!r}; it has {listed}."
+            raise STPMError(msg)
+    if not indices or indices != sorted(set(indices)):
+        msg = f"layers={list(layers)!r} must name at least one layer, each once, from shallow to deep."
+        raise STPMError(msg)
+    return tuple(indices)

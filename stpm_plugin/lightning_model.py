@@ -1,0 +1,424 @@
+"""STPM as anomalib's Engine and command line run it: training, the choice of the weights, thresholds, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .errors import STPMError
+from .feature_cache import CacheMode, FeatureCache, open_cache
+from .matching import anomaly_map, matching_loss
+from .pre_processing import STPMPreProcessor
+from .register import publish
+from .teacher_weights import load_teacher
+from .thresholds import STPMPostProcessor
+from .torch_model import STPMModel
+from .training_data import Split, TrainingBatch, TrainingBatches, augments, check_normal, read, split
+
+LIGHTNING_DEFAULT_EPOCHS = 1000  # what Trainer(max_epochs=None) turns into
+CHECKPOINT_KEY = "stpm"
+
+
+class Chosen(NamedTuple):
+    """The weights that are tested, saved and exported, and why."""
+
+    epoch: int
+    score: float
+    student: dict[str, Tensor]
+
+
+class STPM(AnomalibModule):
+    """Student-Teacher Feature Pyramid Matching (Wang et al., BMVC 2021, arXiv 2103.04257).
+
+    The defaults are the paper's recipe. A share of the normal training images is held out, and the weights of the
+    epoch with the lowest mean anomaly map on them are the ones that are tested, saved and exported. Test images and
+    anomalib's validation set choose nothing.
+
+    Args:
+        backbone: timm model of teacher and student; any that offers ``features_only``. A tag names its weights.
+        layers: Names (``layer1``) or indices of the matched layers, from shallow to deep.
+        teacher_weights: Path of a ``.safetensors`` or ``.pth`` file; ``builtin`` for the package's small teacher,
+            trained on CIFAR-10; nothing for timm's pretrained weights, which are downloaded.
+        image_size: Height and width to which images are resized, pixels.
+        smoothing_sigma: Standard deviation of a Gaussian over the anomaly map, pixels; 0 for none.
+        lr: Learning rate of SGD; 0.4 is the authors', for their loss.
+        momentum: Momentum of SGD, in [0, 1).
+        weight_decay: Weight decay of SGD.
+        epochs: Passes over the training images where the trainer's ``max_epochs`` is not set.
+        batch_size: Training images in a step; nothing for the datamodule's ``train_batch_size``.
+        holdout: Share of the normal training images to hold out, in [0, 1); 0 takes the last epoch's weights.
+        cache: Where images and teacher features are kept between epochs: ``memory``, ``disk``, ``off``, or ``auto``:
+            memory while they take at most half of what is free, then disk.
+        cache_dir: Directory of the cache's file; nothing for the system's temporary directory.
+        precision: ``auto`` computes the networks in bfloat16 while training where the hardware has it natively;
+            ``trainer`` leaves it to ``trainer.precision``, which also wins when it is not 32 bits.
+        pre_processor: As in anomalib.
+        post_processor: As in anomalib; :class:`stpm_plugin.STPMPostProcessor` can set thresholds without defects.
+        evaluator: As in anomalib.
+        visualizer: As in anomalib.
+
+    Raises:
+        STPMError: An argument is out of range, or the backbone or a layer does not exist.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18.tv_in1k",
+        layers: Sequence[str | int] = ("layer1", "layer2", "layer3"),
+        teacher_weights: str | None = None,
+        image_size: tuple[int, int] = (256, 256),
+        smoothing_sigma: float = 0.0,
+        lr: float = 0.4,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        epochs: int = 100,
+        batch_size: int | None = None,
+        holdout: float = 0.2,
+        cache: CacheMode = "auto",
+        cache_dir: str | None = None,
+        precision: Literal["auto", "trainer"] = "auto",
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        if not 0 <= holdout < 1:
+            msg = f"holdout={holdout} must be a share of the training images, at least 0 and below 1."
+            raise STPMError(msg)
+        super().__init__(
+            pre_processor=self._default_pre_processor(backbone, image_size) if pre_processor is True else pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.model = STPMModel(backbone, layers, smoothing_sigma)
+        self.backbone, self.teacher_weights = backbone, teacher_weights
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.epochs, self.batch_size, self.holdout = epochs, batch_size, holdout
+        self.cache, self.cache_dir, self.precision = cache, cache_dir, precision
+
+        self._teacher_ready = False  # weights are read when fit starts, so that a checkpoint never needs their source
+        self._data_seed: int | None = None
+        self._split: Split | None = None
+        self._loader: DataLoader | None = None
+        self._kept: FeatureCache | None = None
+        self._chosen: Chosen | None = None
+        self._training_student: dict[str, Tensor] | None = None  # set while the chosen weights stand in for it
+        self._limit_val_batches: int | float | None = None
+        self._bf16 = False
+
+    # What anomalib asks of a model
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Normal images only."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Skip Lightning's trial validation: an untrained student says nothing."""
+        return {"num_sanity_val_steps": 0}
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize to ``image_size`` (height, width; 256 x 256 by default) and normalise with ImageNet's statistics."""
+        return STPMPreProcessor(image_size=image_size or (256, 256))
+
+    def configure_post_processor(self) -> PostProcessor:
+        """anomalib's thresholds and normalisation."""
+        return STPMPostProcessor()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD on the student."""
+        return torch.optim.SGD(
+            self.model.student.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+    # Training
+
+    def setup(self, stage: str) -> None:
+        """Before a fit: take over the drawing of batches, bound the run, and put validation off to its end.
+
+        Raises:
+            STPMError: The fit was started with plain data loaders.
+        """
+        if stage != "fit":
+            return
+        trainer, datamodule = self.trainer, self.trainer.datamodule
+        if datamodule is None:
+            msg = "STPM holds out and keeps training images itself: pass Engine.fit a datamodule instead of data loaders."
+            raise STPMError(msg)
+        datamodule.train_dataloader = self._train_dataloader  # on this instance, until teardown
+        unbounded = trainer.max_steps == -1 and trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS
+        if unbounded and self.epochs != LIGHTNING_DEFAULT_EPOCHS:
+            trainer.fit_loop.max_epochs = self.epochs
+            rank_zero_info(f"STPM: trainer.max_epochs is not set; training {self.epochs} epochs (the model's `epochs`).")
+        if trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0:
+            self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
+
+    def teardown(self, stage: str) -> None:
+        """Give the datamodule its own loader back and let go of what was kept."""
+        if stage == "fit":
+            self._use_chosen()
+            vars(self.trainer.datamodule).pop("train_dataloader", None)
+            self._loader = self._kept = self._training_student = None
+
+    def on_fit_start(self) -> None:
+        """Read the teacher's weights, unless a checkpoint brought them, and choose the precision."""
+        if not self._teacher_ready:
+            load_teacher(self.model.teacher, self.backbone, self.teacher_weights)
+            self._teacher_ready = True
+        plain = self.precision == "auto" and self.trainer.precision == "32-true"
+        self._bf16 = plain and native_bf16(self.device)
+        name = "bfloat16, distances in float32" if self._bf16 else self.trainer.precision
+        rank_zero_info(f"STPM: training on {self.device.type} in {name}.")
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> STEP_OUTPUT:
+        """Match the teacher's unit vectors on a batch of normal images (B, 3, H, W).
+
+        Raises:
+            STPMError: The loss is not finite.
+        """
+        teacher = batch.teacher or self.model.teach(batch.image)
+        with self._autocast():
+            student = self.model.student(batch.image)
+        loss = matching_loss(teacher, student)
+        if not torch.isfinite(loss):
+            msg = (
+                f"the loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}: lower lr ({self.lr}). "
+                "The last checkpoint holds the weights chosen so far."
+            )
+            raise STPMError(msg)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Score the held-out images and choose the weights anew."""
+        score = float("nan")
+        if self.holdout:
+            score = self._score_holdout()[0]
+            self.log("holdout_score", score, prog_bar=True)
+        if not self.holdout or self._chosen is None or score < self._chosen.score:
+            student = {name: tensor.clone() for name, tensor in self.model.student.state_dict().items()}
+            self._chosen = Chosen(self.current_epoch, score, student)
+
+    def on_validation_start(self) -> None:
+        """Validate the chosen weights, never the last epoch's."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._use_chosen()
+
+    def on_validation_end(self) -> None:
+        """Go on training the last epoch's weights."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._use_training()
+
+    def on_train_end(self) -> None:
+        """Leave the chosen weights in the model, with thresholds of their own, and in the checkpoints on disk."""
+        if self._chosen is None:
+            return
+        self._use_chosen()
+        if self.holdout:
+            rank_zero_info(f"STPM: chose epoch {self._chosen.epoch}, held-out score {self._chosen.score:.4g}.")
+        if isinstance(self.post_processor, STPMPostProcessor):
+            self.post_processor.calibrate(self._score_holdout()[1])
+        self._validate()
+        self._use_chosen()
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                for path in {callback.best_model_path, callback.last_model_path} - {""}:
+                    self.trainer.save_checkpoint(path, callback.save_weights_only)
+
+    # Prediction
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch of images (B, 3, H, W)."""
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def on_test_start(self) -> None:
+        """Refuse to test an untrained model."""
+        self._require_teacher()
+
+    def on_predict_start(self) -> None:
+        """Refuse to predict with an untrained model."""
+        self._require_teacher()
+
+    # Checkpoints hold the chosen weights, ready to use, and beside them what is needed to go on training
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the chosen weights in the checkpoint's state, and those under training beside them."""
+        super().on_save_checkpoint(checkpoint)
+        if self._chosen is None:
+            return
+        checkpoint[CHECKPOINT_KEY] = {
+            "data_seed": self._data_seed,
+            "epoch": self._chosen.epoch,
+            "score": self._chosen.score,
+            "student": dict(self._training_student or self.model.student.state_dict()),
+        }
+        checkpoint["state_dict"].update(_prefixed(self._chosen.student))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the teacher from the checkpoint and, where training goes on, the weights under training."""
+        super().on_load_checkpoint(checkpoint)
+        self._teacher_ready = True
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if state is None or self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._data_seed = state["data_seed"]
+        names = state["student"].keys()
+        chosen = {name: checkpoint["state_dict"][f"model.student.{name}"].clone() for name in names}
+        self._chosen = Chosen(state["epoch"], state["score"], chosen)
+        checkpoint["state_dict"].update(_prefixed(state["student"]))
+
+    # Helpers
+
+    @staticmethod
+    def _default_pre_processor(backbone: str, image_size: tuple[int, int]) -> PreProcessor:
+        config = timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
+        statistics = {"mean": config.mean, "std": config.std} if config else {}
+        return STPMPreProcessor(image_size=tuple(image_size), **statistics)
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
+
+    def _train_dataloader(self) -> TrainingBatches:
+        """Split the datamodule's training images, keep them and the teacher's features, and draw batches from there."""
+        trainer, datamodule = self.trainer, self.trainer.datamodule
+        self._loader = loader = type(datamodule).train_dataloader(datamodule)
+        check_normal(loader.dataset)
+        if self._data_seed is None:
+            self._data_seed = int(trainer.strategy.broadcast(torch.initial_seed() % 2**31))
+        self._split = parts = split(
+            len(loader.dataset), self.holdout, self._data_seed, trainer.global_rank, trainer.world_size
+        )
+        mode = self.cache
+        if mode != "off" and augments(loader.dataset, self._transform):
+            rank_zero_info("STPM: training images are augmented, so they and the teacher's features are made anew.")
+            mode = "off"
+        batch_size = self.batch_size or loader.batch_size
+        self._kept = self._keep(mode, [*parts.train, *parts.holdout], batch_size) if mode != "off" else None
+        return TrainingBatches(loader, parts.train, batch_size, self._data_seed, self._kept)
+
+    @property
+    def _transform(self) -> Any:
+        """The pre-processor's transform, which anomalib applies to each batch."""
+        return getattr(self.pre_processor, "transform", None)
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        """Move images (B, 3, H, W) to the model's device and pre-process them."""
+        images = images.to(self.device)
+        return self._transform(images) if self._transform else images
+
+    @torch.no_grad()
+    def _keep(self, mode: CacheMode, places: Sequence[int], batch_size: int) -> FeatureCache | None:
+        """Read each image and run the teacher on it once."""
+        cache, start = None, 0
+        batches = read(self._loader, places, batch_size)
+        total = -(-len(places) // batch_size)
+        progress = track(batches, "reading images and teacher features", total, disable=not self.trainer.is_global_zero)
+        for batch in progress:
+            teacher = self.model.teach(self._prepare(batch.image))
+            if cache is None:
+                cache = open_cache(mode, self.cache_dir, len(places), batch.image[0], [level[0] for level in teacher])
+            if cache is None:
+                return None
+            cache.put(start, batch.image, teacher)
+            start += len(batch.image)
+        return cache
+
+    def _holdout_batches(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield pre-processed held-out images (B, 3, H, W) and the teacher's unit vectors, for each level."""
+        batch_size = self.batch_size or self._loader.batch_size
+        if self._kept is None:
+            for batch in read(self._loader, self._split.holdout, batch_size):
+                images = self._prepare(batch.image)
+                yield images, self.model.teach(images)
+        else:
+            first = len(self._split.train)
+            for places in torch.arange(first, first + len(self._split.holdout)).split(batch_size):
+                images, teacher = self._kept.get(places)
+                yield self._prepare(images), [level.to(self.device) for level in teacher]
+
+    @torch.no_grad()
+    def _score_holdout(self) -> tuple[float, Tensor]:
+        """Score the held-out normal images with the student as it is.
+
+        Returns:
+            The mean over images and positions of the levels' product, as the authors take it, brought back to the
+            scale of one distance, in [0, 2]; and the image scores (N,) of all processes.
+        """
+        self.model.eval()
+        sums, scores, levels = torch.zeros(2, device=self.device), [], len(self.model.teacher.layers)
+        for images, teacher in self._holdout_batches():
+            with self._autocast():
+                student = self.model.student(images)
+            maps = anomaly_map(teacher, student, tuple(images.shape[-2:]))
+            sums += torch.stack([maps.pow(levels).mean((1, 2, 3)).sum(), maps.new_tensor(len(maps))])
+            scores.append(self.model.score(teacher, student, tuple(images.shape[-2:])).pred_score)
+        self.model.train()
+        total, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        scores = self.all_gather(torch.cat(scores)).flatten() if scores else torch.empty(0)
+        return float((total / count).pow(1 / levels)), scores
+
+    def _validate(self) -> None:
+        """Run anomalib's validation epoch, which sets thresholds and normalisation."""
+        if self._limit_val_batches is not None:
+            self.trainer.limit_val_batches = self._limit_val_batches
+        if not self.trainer.enable_validation:
+            return
+        self.trainer.validating = True
+        self.trainer.fit_loop.epoch_loop.val_loop.run()
+        self.trainer.training = True
+
+    def _use_chosen(self) -> None:
+        """Let the chosen weights stand in for those under training."""
+        if self._chosen is not None and self._training_student is None:
+            state = self.model.student.state_dict()
+            self._training_student = {name: tensor.clone() for name, tensor in state.items()}
+            self.model.student.load_state_dict(self._chosen.student)
+
+    def _use_training(self) -> None:
+        """Put the weights under training back."""
+        if self._training_student is not None:
+            self.model.student.load_state_dict(self._training_student)
+            self._training_student = None
+
+    def _require_teacher(self) -> None:
+        if not self._teacher_ready:
+            msg = "this STPM is untrained: give the checkpoint of a trained one with --ckpt_path (ckpt_path=...)."
+            raise STPMError(msg)
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device computes bfloat16 in hardware: AVX512-BF16, AMX, or CUDA from Ampere on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def _prefixed(student: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name the student's tensors as the Lightning module's state does."""
+    return {f"model.student.{name}": tensor for name, tensor in student.items()}
+
+
+publish(STPM, "anomalib.models")

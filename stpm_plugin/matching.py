@@ -1,0 +1,71 @@
+"""The mathematics of STPM: one distance, and its two reductions, the loss and the anomaly map.
+
+Reference: Wang, Han, Ding, Huang, "Student-Teacher Feature Pyramid Matching for Anomaly Detection", BMVC 2021,
+arXiv 2103.04257, equations 1 to 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def normalize(features: Tensor) -> Tensor:
+    """Scale each position's channel vector of (B, C, H, W) features to unit length, in float32."""
+    return F.normalize(features.float(), dim=1)
+
+
+def distance(teacher: Tensor, student: Tensor) -> Tensor:
+    """Half the squared Euclidean distance of the channel vectors' directions, at each position.
+
+    It equals one minus their cosine, but keeps its precision where the two nearly agree.
+
+    Args:
+        teacher: Unit vectors over channels, as :func:`normalize` gives them, (B, C, H, W).
+        student: Features of any length over channels, (B, C, H, W).
+
+    Returns:
+        Distances in [0, 2], (B, H, W), float32: 0 for equal directions, 1 for orthogonal, 2 for opposite.
+    """
+    return 0.5 * (teacher.float() - normalize(student)).square().sum(dim=1)
+
+
+def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+    """Training loss: the squared distance of unit vectors, averaged over batch and positions, summed over levels.
+
+    This is the loss of the authors' code, twice the sum of :func:`distance`'s means, so that their learning rate
+    (0.4) and weight decay (1e-4) act as they do there. anomalib's ``Stfpm`` has B / 2 times this loss.
+
+    Args:
+        teacher: One map of unit vectors (B, C_l, H_l, W_l) for each level.
+        student: One feature map (B, C_l, H_l, W_l) for each level.
+
+    Returns:
+        Scalar in [0, 4 L] for L levels.
+    """
+    return torch.stack([2 * distance(t, s).mean() for t, s in zip(teacher, student, strict=True)]).sum()
+
+
+def anomaly_map(teacher: Sequence[Tensor], student: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """The levels' distances, upsampled and multiplied, on the scale of one distance.
+
+    The paper multiplies the levels; here the product's L-th root is taken, their geometric mean. The order of all
+    scores, so AUROC and PRO, is the product's, and the values survive half precision and look right as colours.
+
+    Args:
+        teacher: One map of unit vectors (B, C_l, H_l, W_l) for each level.
+        student: One feature map (B, C_l, H_l, W_l) for each level.
+        size: Height and width of the map, those of the images, pixels.
+
+    Returns:
+        Anomaly map in [0, 2], (B, 1, H, W), float32.
+    """
+    product = None
+    for t, s in zip(teacher, student, strict=True):
+        level = distance(t, s).unsqueeze(1)  # (B, 1, H_l, W_l)
+        level = F.interpolate(level, size=size, mode="bilinear", align_corners=False)  # (B, 1, H, W)
+        product = level if product is None else product * level
+    return product.pow(1 / len(teacher))

@@ -1,0 +1,97 @@
+"""Resize and normalise alike in training, in prediction and in the exported graph.
+
+anomalib antialiases the resize in its Lightning path and turns that off in the exported graph, where it makes scores
+differ. An antialiased bilinear resize is two matrix products, which every runtime computes: so the exported graph
+carries those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from anomalib.pre_processing import PreProcessor
+from torch import Tensor, nn
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class STPMPreProcessor(PreProcessor):
+    """anomalib's pre-processor whose exported form antialiases as its Lightning form does.
+
+    Args:
+        transform: As in anomalib; ``None`` means antialiased resize to ``image_size``, then normalisation.
+        image_size: Height and width of the network's input, pixels; used when ``transform`` is ``None``.
+        mean: The channels' means, for images in [0, 1]; used when ``transform`` is ``None``.
+        std: The channels' standard deviations; used when ``transform`` is ``None``.
+    """
+
+    def __init__(
+        self,
+        transform: Transform | None = None,
+        image_size: tuple[int, int] = (256, 256),
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ) -> None:
+        if transform is None:
+            transform = Compose([Resize(tuple(image_size), antialias=True), Normalize(list(mean), list(std))])
+        super().__init__(transform)
+        self.export_transform = exportable(self.transform, self.export_transform)
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore the transform that a checkpoint describes, and its exported form."""
+        super().load_checkpoint_config(config)
+        self.export_transform = exportable(self.transform, self.export_transform)
+
+
+def exportable(transform: Transform | None, fallback: Transform | None) -> nn.Module | None:
+    """Replace each antialiased bilinear ``Resize`` to a fixed size by matrix products.
+
+    Args:
+        transform: The transform of the Lightning path.
+        fallback: anomalib's exportable form of it, whose other parts are kept.
+    """
+    if isinstance(transform, Compose):
+        parts = [exportable(*pair) for pair in zip(transform.transforms, fallback.transforms, strict=True)]
+        return nn.Sequential(*parts)
+    fixed = isinstance(transform, Resize) and transform.size is not None and len(transform.size) == 2
+    if fixed and transform.antialias and transform.interpolation == InterpolationMode.BILINEAR:
+        return AntialiasedResize(tuple(transform.size))
+    return fallback
+
+
+class AntialiasedResize(nn.Module):
+    """Bilinear resize with antialiasing, equal to torchvision's, made of operations that any runtime has.
+
+    Args:
+        size: Output height and width, pixels.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize images (B, C, H, W) to (B, C, size[0], size[1])."""
+        rows = resize_weights(images.shape[-2], self.size[0], images)  # (h, H)
+        columns = resize_weights(images.shape[-1], self.size[1], images)  # (w, W)
+        return rows @ images @ columns.transpose(0, 1)
+
+
+def resize_weights(length: int, wanted: int, like: Tensor) -> Tensor:
+    """Weights of each of ``length`` pixels in each of ``wanted`` pixels: a triangle as wide as the reduction.
+
+    Args:
+        length: Pixels along the axis before.
+        wanted: Pixels along the axis after.
+        like: A tensor of the wanted type and device.
+
+    Returns:
+        Weights (wanted, length); each row sums to 1.
+    """
+    positions = torch.arange(length, dtype=like.dtype, device=like.device) + 0.5
+    scale = positions.new_ones(()) * length / wanted
+    centers = (torch.arange(wanted, dtype=like.dtype, device=like.device) + 0.5) * scale
+    weights = (1 - (positions - centers.unsqueeze(1)).abs() / scale.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)

@@ -1,0 +1,108 @@
+"""Where the teacher's weights come from: timm's hub, a file, or the small teacher inside this package."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .errors import STPMError
+from .features import FrozenPyramid
+
+BUILTIN = "builtin"
+BUILTIN_FILE = Path(__file__).with_name("builtin_teacher.safetensors")
+
+
+def load_teacher(teacher: FrozenPyramid, backbone: str, source: str | None) -> None:
+    """Fill a teacher with trained weights.
+
+    Args:
+        teacher: The pyramid to fill, in place.
+        backbone: Its timm name, with the tag of the weights to fetch when ``source`` is ``None``.
+        source: ``None`` for timm's pretrained weights from the hub, ``"builtin"`` for the package's own ResNet-18,
+            trained on CIFAR-10, or the path of a ``.safetensors`` or ``.pth`` file of the full network or a part
+            of it, under timm's or torchvision's tensor names.
+
+    Raises:
+        STPMError: The hub cannot be reached, the file is missing or unreadable, it holds code, or it lacks a
+            tensor that a used layer needs. Tensors of later layers and of the classifier may be there or not.
+    """
+    if source is None:
+        weights = _fetch(backbone, teacher)
+        source = f"timm's weights of {backbone}"
+    else:
+        weights = _read(BUILTIN_FILE if source == BUILTIN else Path(source))
+    if source == BUILTIN:
+        rank_zero_info(
+            "STPM: teacher_weights=builtin is a small teacher trained on CIFAR-10, for demos, tests and offline "
+            "trials; for real use give ImageNet weights."
+        )
+    _fill(teacher, weights, source)
+
+
+def _fetch(backbone: str, teacher: FrozenPyramid) -> Mapping[str, Tensor]:
+    """Download timm's weights, or take them from the hub client's cache."""
+    rank_zero_info(f"STPM: fetching the teacher's weights ({backbone}) from timm's hub, or from its cache.")
+    try:
+        net = timm.create_model(backbone, pretrained=True, features_only=True, out_indices=teacher.indices)
+    except Exception as error:  # noqa: BLE001 - the hub client's errors have no common base class
+        msg = (
+            f"the weights of {backbone} could not be fetched from timm's hub ({type(error).__name__}). Without a "
+            "network give teacher_weights the path of a .safetensors or .pth file, or 'builtin' for a trial."
+        )
+        raise STPMError(msg) from None
+    return net.state_dict()
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    """Read a file of tensors; nothing in it is ever executed."""
+    if not path.is_file():
+        msg = f"teacher_weights={str(path)!r} is not a file; give a .safetensors or .pth file, or 'builtin'."
+        raise STPMError(msg)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        msg = (
+            f"teacher_weights={str(path)!r} holds more than tensors, or is corrupt, and is not loaded: save the network's "
+            "state_dict() alone, best as .safetensors."
+        )
+        raise STPMError(msg) from None
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        msg = f"teacher_weights={str(path)!r} is corrupt or no weights file ({reason}): fetch it again."
+        raise STPMError(msg) from None
+    weights = weights.get("state_dict", weights) if isinstance(weights, Mapping) else {}
+    return {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+
+
+def _fill(teacher: FrozenPyramid, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy the tensors that the teacher has, by name; timm writes ``stages_0`` where the full network has ``stages.0``."""
+    given = {name.replace(".", "_"): tensor for name, tensor in weights.items()}
+    state = teacher.net.state_dict()
+    missing, misshapen = [], []
+    for name, own in state.items():
+        tensor = given.get(name.replace(".", "_"))
+        if tensor is not None and tensor.shape != own.shape:
+            misshapen.append(f"{name} {tuple(tensor.shape)} instead of {tuple(own.shape)}")
+        elif tensor is not None:
+            state[name] = tensor
+        elif not name.endswith("num_batches_tracked"):  # counters: unused in eval mode
+            missing.append(name)
+    if missing or misshapen:
+        parts = [f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+                 for kind, names in (("missing", missing), ("misshapen", misshapen)) if names]  # fmt: skip
+        msg = (
+            f"teacher_weights={source!r} does not fit the backbone's layers {', '.join(teacher.layers)}: "
+            f"{' and '.join(parts)} tensors. Set backbone to the network that the weights belong to."
+        )
+        raise STPMError(msg)
+    teacher.net.load_state_dict(state)

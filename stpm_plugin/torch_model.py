@@ -1,0 +1,55 @@
+"""What is trained and exported: teacher, student, and the map of their disagreement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.models.components import GaussianBlur2d
+from torch import Tensor, nn
+
+from .errors import STPMError
+from .features import FeaturePyramid, FrozenPyramid
+from .matching import anomaly_map, normalize
+
+
+class STPMModel(nn.Module):
+    """Teacher and student of one architecture; the student starts at random, the teacher never changes.
+
+    Args:
+        backbone: timm model name.
+        layers: Names or indices of the matched layers, from shallow to deep.
+        smoothing_sigma: Standard deviation of a Gaussian over the anomaly map, pixels; 0 for none.
+
+    Raises:
+        STPMError: ``smoothing_sigma`` is negative, or the backbone or a layer does not exist.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18.tv_in1k",
+        layers: Sequence[str | int] = ("layer1", "layer2", "layer3"),
+        smoothing_sigma: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if smoothing_sigma < 0:
+            msg = f"smoothing_sigma={smoothing_sigma} must be 0 (no smoothing) or a width in pixels."
+            raise STPMError(msg)
+        self.teacher = FrozenPyramid(backbone, layers)
+        self.student = FeaturePyramid(backbone, layers)
+        self.smoothing = GaussianBlur2d(sigma=smoothing_sigma, channels=1) if smoothing_sigma else nn.Identity()
+        self.to(memory_format=torch.channels_last)  # twice as fast on CPUs, and no slower elsewhere
+
+    def teach(self, images: Tensor) -> list[Tensor]:
+        """Map normalised images (B, 3, H, W) to the teacher's unit vectors, (B, C_l, H_l, W_l) for each level."""
+        return [normalize(level) for level in self.teacher(images)]
+
+    def score(self, teacher: Sequence[Tensor], student: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
+        """Turn two pyramids into the anomaly map (B, 1, H, W) and the image scores (B,), its maxima, in [0, 2]."""
+        anomalies = self.smoothing(anomaly_map(teacher, student, size))
+        return InferenceBatch(pred_score=torch.amax(anomalies, dim=(1, 2, 3)), anomaly_map=anomalies)
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Map normalised images (B, 3, H, W) to anomaly maps (B, 1, H, W) and image scores (B,), both in [0, 2]."""
+        return self.score(self.teach(images), self.student(images), tuple(images.shape[-2:]))

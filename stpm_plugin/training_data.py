@@ -1,0 +1,200 @@
+"""The normal images of a run: which are held out, how they are read, and the batches that training draws.
+
+The datamodule's own loader says what the images are (data set, collation, workers). The batches are drawn here,
+because the same images and teacher features are needed in every epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from anomalib.data import ImageBatch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from .errors import STPMError
+
+# Transforms that give the same image every time. Anything else counts as augmentation.
+DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Normalize, v2.ToDtype, v2.Grayscale, v2.Pad, v2.Identity)
+
+
+@dataclass
+class TrainingBatch(ImageBatch):
+    """A batch of normal images (B, 3, H, W) and, where they are kept, the teacher's unit vectors (B, C_l, H_l, W_l)."""
+
+    teacher: list[Tensor] | None = None
+
+
+class Split(NamedTuple):
+    """Places of the images in the data set, in the order in which they are read."""
+
+    train: list[int]
+    holdout: list[int]
+
+
+def split(count: int, share: float, seed: int, rank: int = 0, world: int = 1) -> Split:
+    """Hold out a random share of the images.
+
+    Args:
+        count: Number of images.
+        share: Share to hold out, in [0, 1); above 0 at least one image is.
+        seed: The same seed gives the same split.
+        rank: This process among ``world``; each gets its own share of both parts, of equal length.
+        world: Number of processes.
+
+    Raises:
+        STPMError: Fewer than two images are left to train on, in any process.
+    """
+    held = max(1, round(count * share)) if share else 0
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    train, holdout = order[held:], order[:held]
+    if len(train) < 2 * world:
+        msg = (
+            f"{count} normal training images less {held} held out leave {len(train)}, and each of {world} process(es) "
+            "needs 2: add images, or lower holdout."
+        )
+        raise STPMError(msg)
+    even = len(train) - len(train) % world
+    return Split(sorted(train[rank:even:world]), sorted(holdout[rank::world]))
+
+
+def augments(dataset: Any, transform: v2.Transform | None) -> bool:
+    """Whether a data set's or a pre-processor's transforms may change an image from one epoch to the next."""
+    pending = [getattr(dataset, "augmentations", None), transform]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, v2.Compose | torch.nn.Sequential):
+            pending.extend(part.transforms if isinstance(part, v2.Compose) else part)
+        elif part is not None and not isinstance(part, DETERMINISTIC):
+            return True
+    return False
+
+
+def check_normal(dataset: Any) -> None:
+    """Refuse a training set with anomalous images.
+
+    Raises:
+        STPMError: An image of the data set carries the label anomalous; names the first.
+    """
+    samples = getattr(dataset, "samples", None)
+    if samples is None or "label_index" not in samples:
+        return
+    wrong = samples[samples.label_index == 1]
+    if len(wrong):
+        msg = (
+            f"{len(wrong)} of {len(samples)} training images are labelled anomalous, the first {wrong.image_path.iloc[0]}: "
+            "STPM learns from normal images only. Move them to the test set."
+        )
+        raise STPMError(msg)
+
+
+class _Unreadable(NamedTuple):
+    """Stands for an image that could not be read, until the main process can say so."""
+
+    path: str
+    reason: str
+
+
+class _Readable(Dataset):
+    """A data set whose broken files become values, since an exception loses its words on the way from a worker."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: int) -> Any:
+        try:
+            return self.dataset[place]
+        except (OSError, ValueError, SyntaxError, RuntimeError) as error:
+            samples = getattr(self.dataset, "samples", None)
+            path = f"number {place}" if samples is None else samples.image_path.iloc[place]
+            return _Unreadable(str(path), str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+
+class _Collate:
+    """The datamodule's collation, which lets a broken file pass as it is."""
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> Any:
+        broken = [item for item in items if isinstance(item, _Unreadable)]
+        return broken[0] if broken else self.collate(items)
+
+
+def read(loader: DataLoader, places: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
+    """Read the images at ``places``, in that order, as a datamodule's loader would.
+
+    Args:
+        loader: The datamodule's loader: its data set, collation and workers are used.
+        places: Places in the data set.
+        batch_size: Images in a batch.
+
+    Yields:
+        Batches of images (B, 3, H, W) in [0, 1].
+
+    Raises:
+        STPMError: A file cannot be read; names it.
+    """
+    batches = DataLoader(
+        _Readable(loader.dataset),
+        batch_size=batch_size,
+        sampler=list(places),
+        num_workers=loader.num_workers,
+        collate_fn=_Collate(loader.collate_fn),
+    )
+    for batch in batches:
+        if isinstance(batch, _Unreadable):
+            msg = f"training image {batch.path} cannot be read ({batch.reason}): repair it or take it out of the folder."
+            raise STPMError(msg)
+        yield batch
+
+
+class TrainingBatches:
+    """The loader that Lightning iterates: shuffled batches, from the cache or read anew.
+
+    The order depends on the seed and the epoch alone, so a resumed run draws what an uninterrupted one draws.
+
+    Args:
+        loader: The datamodule's training loader.
+        places: Places of the training images in its data set.
+        batch_size: Images in a batch; the last batch of an epoch may be smaller.
+        seed: Seed of the order.
+        cache: The kept images and features, in the order of ``places``, or ``None``.
+    """
+
+    def __init__(self, loader: DataLoader, places: Sequence[int], batch_size: int, seed: int, cache: Any) -> None:
+        self.loader, self.places, self.batch_size, self.seed, self.cache = loader, places, batch_size, seed, cache
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> TrainingBatches:
+        """Itself: Lightning tells a loader's sampler the epoch."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of this epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.places) // self.batch_size)
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        """Yield the epoch's batches."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.places), generator=generator)
+        if self.cache is None:
+            places = [self.places[place] for place in order.tolist()]
+            for batch in read(self.loader, places, self.batch_size):
+                yield TrainingBatch(image=batch.image)
+        else:
+            for chosen in order.split(self.batch_size):
+                images, teacher = self.cache.get(chosen)
+                yield TrainingBatch(image=images, teacher=teacher)
