@@ -129,7 +129,7 @@ def scene(rng: np.random.Generator, kind: str = "good") -> tuple[np.ndarray, np.
     part = _plate(rng, side)
     changed = part if kind == "good" else DEFECTS[kind](part.copy(), rng)
     layers = [_place(layer, angle, scale, shift) for layer in (part, changed)]
-    bench = _grain(rng, side, 40, 0.0) * 10 + rng.uniform(58, 74)
+    bench = _grain(rng, side, 40, 40) * 6 + rng.uniform(58, 74)
     light = _light(rng)
     noise = rng.normal(0, rng.uniform(2.0, 4.0), (SIDE, SIDE, 3))
     tint = np.array([1.0, 1.0, 1.0]) + rng.uniform(-0.03, 0.03, 3)
@@ -140,7 +140,7 @@ def scene(rng: np.random.Generator, kind: str = "good") -> tuple[np.ndarray, np.
 
 def _plate(rng: np.random.Generator, side: int) -> Image.Image:
     """A brushed metal plate with five holes and a printed bar code: RGBA, transparent beside the part."""
-    brushed = _grain(rng, side, 3, 40) * 16 + 150
+    brushed = _grain(rng, side, 3, 60) * 14 + 150
     pixels = np.repeat(brushed[:, :, None], 3, axis=2) * np.array([1.0, 0.98, 0.94])
     plate = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).convert("RGBA")
     pen = ImageDraw.Draw(plate)
@@ -233,12 +233,10 @@ def _keep_shape(part: Image.Image, strokes: Callable[[ImageDraw.ImageDraw], obje
     return part
 
 
-def _grain(rng: np.random.Generator, side: int, fine: float, brushed: float) -> np.ndarray:
-    """Smooth noise of unit deviation (side, side), stretched along x where ``brushed`` is above 0, pixels."""
-    noise = Image.fromarray(rng.normal(0, 60, (side, side)).astype(np.float32) + 128).convert("L")
-    if brushed:
-        noise = noise.resize((max(1, int(side / brushed)), side)).resize((side, side))
-    values = np.asarray(noise.filter(ImageFilter.GaussianBlur(fine)), dtype=np.float64)
+def _grain(rng: np.random.Generator, side: int, height: float, width: float) -> np.ndarray:
+    """Smooth noise of unit deviation (side, side), whose grains are ``height`` by ``width`` pixels."""
+    coarse = rng.normal(size=(round(side / height), round(side / width))).astype(np.float32)
+    values = np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC), dtype=np.float64)
     return (values - values.mean()) / values.std()
 
 
@@ -254,13 +252,14 @@ def _place(part: Image.Image, angle: float, scale: float, shift: np.ndarray) -> 
     """Turn, scale and move a part, and reduce it to the image's size."""
     center = part.width / 2
     turned = part.rotate(angle, Image.Resampling.BICUBIC, translate=tuple(shift.astype(int)))
-    box = (center - center / scale, center - center / scale, center + center / scale, center + center / scale)
-    return turned.resize((SIDE, SIDE), Image.Resampling.BOX if scale == 1 else Image.Resampling.BILINEAR, box=_inside(box, part.width))
-
-
-def _inside(box: tuple[float, ...], side: int) -> tuple[float, ...]:
-    """Keep a crop box within an image."""
-    return (max(box[0], 0), max(box[1], 0), min(box[2], side), min(box[3], side))
+    half = min(center, center / scale)
+    if scale < 1:  # a smaller part: widen the canvas, the new rim is transparent
+        margin = round(center / scale - center)
+        canvas = Image.new("RGBA", (part.width + 2 * margin, part.height + 2 * margin))
+        canvas.paste(turned, (margin, margin))
+        return canvas.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    box = (center - half, center - half, center + half, center + half)
+    return turned.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box)
 
 
 def _shade(part: Image.Image, bench: np.ndarray, light: np.ndarray, tint: np.ndarray) -> np.ndarray:

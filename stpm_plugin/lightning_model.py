@@ -62,6 +62,7 @@ class STPM(AnomalibModule):
         lr: Learning rate of SGD; 0.4 is the authors', for their loss.
         momentum: Momentum of SGD, in [0, 1).
         weight_decay: Weight decay of SGD.
+        schedule: ``constant`` rate, or ``one-cycle``: up to ``lr`` in the first 30 % of the steps, then down to zero.
         epochs: Passes over the training images where the trainer's ``max_epochs`` is not set.
         batch_size: Training images in a step; nothing for the datamodule's ``train_batch_size``.
         holdout: Share of the normal training images to hold out, in [0, 1); 0 takes the last epoch's weights.
@@ -89,6 +90,7 @@ class STPM(AnomalibModule):
         lr: float = 0.4,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
+        schedule: Literal["constant", "one-cycle"] = "constant",
         epochs: int = 100,
         batch_size: int | None = None,
         holdout: float = 0.2,
@@ -112,7 +114,7 @@ class STPM(AnomalibModule):
         self.model = STPMModel(backbone, layers, smoothing_sigma)
         self.backbone, self.teacher_weights = backbone, teacher_weights
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.epochs, self.batch_size, self.holdout = epochs, batch_size, holdout
+        self.schedule, self.epochs, self.batch_size, self.holdout = schedule, epochs, batch_size, holdout
         self.cache, self.cache_dir, self.precision = cache, cache_dir, precision
 
         self._teacher_ready = False  # weights are read when fit starts, so that a checkpoint never needs their source
@@ -146,11 +148,16 @@ class STPM(AnomalibModule):
         """anomalib's thresholds and normalisation."""
         return STPMPostProcessor()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD on the student."""
-        return torch.optim.SGD(
+    def configure_optimizers(self) -> Any:
+        """SGD on the student, at a constant rate or along one cycle over the whole run."""
+        optimizer = torch.optim.SGD(
             self.model.student.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )
+        if self.schedule == "constant":
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps, cycle_momentum=False)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
     # Training
 
@@ -180,16 +187,6 @@ class STPM(AnomalibModule):
             self._use_chosen()
             vars(self.trainer.datamodule).pop("train_dataloader", None)
             self._loader = self._kept = self._training_student = None
-
-    def on_fit_start(self) -> None:
-        """Read the teacher's weights, unless a checkpoint brought them, and choose the precision."""
-        if not self._teacher_ready:
-            load_teacher(self.model.teacher, self.backbone, self.teacher_weights)
-            self._teacher_ready = True
-        plain = self.precision == "auto" and self.trainer.precision == "32-true"
-        self._bf16 = plain and native_bf16(self.device)
-        name = "bfloat16, distances in float32" if self._bf16 else self.trainer.precision
-        rank_zero_info(f"STPM: training on {self.device.type} in {name}.")
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> STEP_OUTPUT:
         """Match the teacher's unit vectors on a batch of normal images (B, 3, H, W).
@@ -300,8 +297,19 @@ class STPM(AnomalibModule):
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
 
+    def _ready_teacher(self) -> None:
+        """Read the teacher's weights, unless a checkpoint brought them, and choose the precision."""
+        if not self._teacher_ready:
+            load_teacher(self.model.teacher, self.backbone, self.teacher_weights)
+            self._teacher_ready = True
+        plain = self.precision == "auto" and self.trainer.precision == "32-true"
+        self._bf16 = plain and native_bf16(self.device)
+        name = "bfloat16, distances in float32" if self._bf16 else self.trainer.precision
+        rank_zero_info(f"STPM: training on {self.device.type} in {name}.")
+
     def _train_dataloader(self) -> TrainingBatches:
         """Split the datamodule's training images, keep them and the teacher's features, and draw batches from there."""
+        self._ready_teacher()
         trainer, datamodule = self.trainer, self.trainer.datamodule
         self._loader = loader = type(datamodule).train_dataloader(datamodule)
         check_normal(loader.dataset)
