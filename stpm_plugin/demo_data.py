@@ -22,7 +22,7 @@ VERSION = 1  # raise when the drawing changes, so that old images are not taken 
 class DemoData(AnomalibDataModule):
     """A small industrial scene in MVTec AD's layout, drawn once on disk, the same for the same seed.
 
-    Good images vary in pose, light, grain and sensor noise. Defects are scratches, dents, stains, missing holes and
+    Good images vary in pose, light, grain and sensor noise. Defects are scratches, dents, stains, plugged holes and
     foreign chips of many sizes; each mask marks exactly the pixels that the defect changed.
 
     Args:
@@ -45,7 +45,7 @@ class DemoData(AnomalibDataModule):
     def __init__(
         self,
         root: Path | str = "./datasets/stpm_demo",
-        train_images: int = 60,
+        train_images: int = 80,
         test_images: int = 10,
         train_batch_size: int = 8,
         eval_batch_size: int = 8,
@@ -131,7 +131,7 @@ def scene(rng: np.random.Generator, kind: str = "good") -> tuple[np.ndarray, np.
     layers = [_place(layer, angle, scale, shift) for layer in (part, changed)]
     bench = _grain(rng, side, 40, 40) * 6 + rng.uniform(58, 74)
     light = _light(rng)
-    noise = rng.normal(0, rng.uniform(2.0, 4.0), (SIDE, SIDE, 3))
+    noise = rng.normal(0, rng.uniform(1.0, 2.5), (SIDE, SIDE, 3))
     tint = np.array([1.0, 1.0, 1.0]) + rng.uniform(-0.03, 0.03, 3)
     clean, image = (_shade(layer, bench, light, tint) for layer in layers)
     mask = (np.abs(image - clean).max(axis=2) > 6).astype(np.uint8) * 255
@@ -139,7 +139,7 @@ def scene(rng: np.random.Generator, kind: str = "good") -> tuple[np.ndarray, np.
 
 
 def _plate(rng: np.random.Generator, side: int) -> Image.Image:
-    """A brushed metal plate with five holes and a printed bar code: RGBA, transparent beside the part."""
+    """A brushed metal plate with five holes and a label: RGBA, transparent beside the part."""
     brushed = _grain(rng, side, 3, 60) * 14 + 150
     pixels = np.repeat(brushed[:, :, None], 3, axis=2) * np.array([1.0, 0.98, 0.94])
     plate = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).convert("RGBA")
@@ -147,10 +147,8 @@ def _plate(rng: np.random.Generator, side: int) -> Image.Image:
     for x, y in HOLES:
         _disc(pen, x * side, y * side, 0.045 * side, (52, 50, 48, 255))
         _disc(pen, x * side, y * side, 0.033 * side, (24, 24, 26, 255))
-    left = 0.36 * side
-    for width in (2, 1, 3, 1, 2, 1, 1, 3, 2, 1):
-        pen.rectangle([left, 0.62 * side, left + width * side / 130, 0.70 * side], fill=(60, 62, 80, 255))
-        left += (width + 1.4) * side / 130
+    pen.rounded_rectangle([0.38 * side, 0.6 * side, 0.62 * side, 0.72 * side], 0.02 * side, fill=(176, 160, 104, 255))
+    pen.rectangle([0.42 * side, 0.645 * side, 0.58 * side, 0.675 * side], fill=(96, 88, 66, 255))
     shape = Image.new("L", (side, side), 0)
     ImageDraw.Draw(shape).rounded_rectangle([0.16 * side, 0.2 * side, 0.84 * side, 0.8 * side], 0.06 * side, fill=255)
     plate.putalpha(shape)
@@ -194,18 +192,15 @@ def _stain(part: Image.Image, rng: np.random.Generator) -> Image.Image:
     return _keep_shape(part, lambda pen: [_disc(pen, *blob, color) for blob in blobs])
 
 
-def _missing_hole(part: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _plugged_hole(part: Image.Image, rng: np.random.Generator) -> Image.Image:
     x, y = HOLES[rng.integers(len(HOLES))]
-    side = part.width
-    size = int(0.1 * side)
-    source = part.crop((int(0.42 * side), int(0.5 * side), int(0.42 * side) + size, int(0.5 * side) + size))
-    part.paste(source, (int(x * side - size / 2), int(y * side - size / 2)))
-    return part
+    tone = int(rng.integers(150, 200))
+    return _keep_shape(part, lambda pen: _disc(pen, x * part.width, y * part.width, 0.036 * part.width, (tone, tone, tone, 255)))
 
 
 def _chip(part: Image.Image, rng: np.random.Generator) -> Image.Image:
     x, y = _spot(rng, part.width)
-    radius = rng.uniform(0.012, 0.04) * part.width
+    radius = rng.uniform(0.022, 0.05) * part.width
     turns = np.sort(rng.uniform(0, 2 * np.pi, 5))
     corners = [(x + radius * np.cos(turn), y + radius * np.sin(turn)) for turn in turns]
     color = tuple(int(value) for value in rng.choice([(172, 120, 70), (60, 70, 66), (205, 205, 198)])) + (255,)
@@ -216,7 +211,7 @@ DEFECTS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = 
     "scratch": _scratch,
     "dent": _dent,
     "stain": _stain,
-    "missing_hole": _missing_hole,
+    "plugged_hole": _plugged_hole,
     "chip": _chip,
 }
 

@@ -1,0 +1,87 @@
+"""What the tests share: a small drawn data set, one short trained run, and where the optional real data lie."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).parents[2] / "shared"
+TINY = {"train_images": 10, "test_images": 2, "num_workers": 0, "train_batch_size": 4}
+MODEL = {"backbone": "resnet18", "teacher_weights": "builtin", "image_size": (64, 64), "lr": 0.1}
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test in a directory of its own, without a hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of the tiny demo data, drawn once."""
+    from stpm_plugin import DemoData
+
+    root = tmp_path_factory.mktemp("demo")
+    DemoData(root=root, **TINY).prepare_data()
+    return root
+
+
+@pytest.fixture
+def demo(demo_root: Path):
+    """A fresh datamodule on the tiny demo data."""
+    from stpm_plugin import DemoData
+
+    return DemoData(root=demo_root, **TINY)
+
+
+@pytest.fixture(scope="session")
+def trained(demo_root: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A model trained for three epochs, its engine, and its checkpoint."""
+    from stpm_plugin import DemoData
+
+    engine, model = fit(DemoData(root=demo_root, **TINY), tmp_path_factory.mktemp("trained"), 3)
+    return model, engine, Path(engine.best_model_path)
+
+
+def fit(datamodule, folder: Path, epochs: int, ckpt_path: Path | None = None, seed: int = 0, trainer=None, **arguments):
+    """Fit a small STPM through anomalib's Engine and return both."""
+    from anomalib.engine import Engine
+    from lightning.pytorch import seed_everything
+
+    from stpm_plugin import STPM
+
+    seed_everything(seed)
+    model = STPM(**{**MODEL, **arguments})
+    engine = Engine(default_root_dir=folder, max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, **(trainer or {}))
+    engine.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+    return engine, model
+
+
+def run(*command: str, env: dict[str, str] | None = None, check: bool = True, cwd: Path | None = None) -> str:
+    """Run Python with arguments in a fresh process and return all that it printed."""
+    result = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **(env or {})},
+        check=False,
+    )
+    output = result.stdout + result.stderr
+    if check:
+        assert result.returncode == 0, output[-4000:]
+    return output
+
+
+def anomalib(*arguments: str, **options) -> str:
+    """Run the installed `anomalib` command in a fresh process."""
+    return run("-c", "from anomalib.cli.cli import main; main()", *arguments, **options)

@@ -1,0 +1,154 @@
+import pickle
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from stpm_plugin.errors import STPMError
+from stpm_plugin.features import FeaturePyramid, FrozenPyramid
+from stpm_plugin.teacher_weights import BUILTIN_FILE, load_teacher
+from stpm_plugin.torch_model import STPMModel
+
+FAMILIES = {
+    "resnet18.tv_in1k": ["layer1", "layer2", "layer3"],
+    "wide_resnet50_2": ["layer2", "layer3"],
+    "mobilenetv3_small_050": [1, 2, 3],
+    "efficientnet_lite0": [1, 2, 3],
+    "convnext_atto": [0, 1, 2],
+    "swin_tiny_patch4_window7_224": [0, 1],  # gives NHWC features
+}
+LAYERS = ["layer1", "layer2", "layer3"]
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_families(backbone):
+    size = 224 if "swin" in backbone else 64
+    model = STPMModel(backbone, FAMILIES[backbone]).eval()
+    images = torch.randn(2, 3, size, size)
+    for level, channels, stride in zip(model.student(images), model.student.channels, model.student.strides, strict=True):
+        assert level.shape == (2, channels, size // stride, size // stride)
+    prediction = model(images)
+    scores, maps = prediction.pred_score, prediction.anomaly_map
+    assert maps.shape == (2, 1, size, size)
+    torch.testing.assert_close(scores, maps.flatten(1).amax(1))
+    model.student.load_state_dict(model.teacher.state_dict())
+    assert model(images).anomaly_map.max() < 1e-3  # a student that equals its teacher finds nothing
+
+
+def test_names_and_indices_are_the_same_layers():
+    named, numbered = FeaturePyramid("resnet18", LAYERS), FeaturePyramid("resnet18", [1, 2, 3])
+    assert named.layers == numbered.layers == LAYERS
+    assert not any(name.startswith("layer4") for name in named.net.state_dict())
+
+
+def test_teacher_stays_frozen():
+    model = STPMModel("resnet18", LAYERS)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.teacher.state_dict().items()}
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 0.1)
+    features = model.teacher(torch.randn(2, 3, 64, 64))
+    sum(level.sum() for level in model.student(torch.randn(2, 3, 64, 64))).backward()
+    optimizer.step()
+    assert not any(module.training for module in model.teacher.modules())
+    assert not any(level.requires_grad for level in features)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.teacher.state_dict().items())
+    assert any(module.training for module in model.student.modules())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "words"),
+    [
+        ("resnet18", ["layer1", "layer9"], "layer3 (3), layer4 (4)"),
+        ("resnet18", ["layer2", "layer1"], "from shallow to deep"),
+        ("resnet18", [7], "no layer 7"),
+        ("resnet81", LAYERS, "not a timm model"),
+    ],
+)
+def test_wrong_backbone_or_layer(backbone, layers, words):
+    with pytest.raises(STPMError) as error:
+        FeaturePyramid(backbone, layers)
+    assert words in str(error.value)
+
+
+def test_backbone_without_features_only(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("features_only not implemented for this model.")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(STPMError, match="offers no features_only"):
+        FeaturePyramid("resnet18", LAYERS)
+
+
+def test_wrong_channels_and_too_small_images():
+    pyramid = FeaturePyramid("resnet18", LAYERS)
+    with pytest.raises(STPMError, match="3 channels, got 1"):
+        pyramid(torch.zeros(1, 1, 64, 64))
+    with pytest.raises(STPMError, match="8 x 64 pixels is smaller than the stride 16"):
+        pyramid(torch.zeros(1, 3, 8, 64))
+
+
+def test_builtin_teacher_is_complete_and_small():
+    teacher = FrozenPyramid("resnet18", LAYERS)
+    before = teacher.net.layer3[1].conv2.weight.clone()
+    load_teacher(teacher, "resnet18", "builtin")
+    assert not torch.equal(before, teacher.net.layer3[1].conv2.weight)
+    assert BUILTIN_FILE.stat().st_size < 6e6
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_full_network_or_part(tmp_path, suffix):
+    full = timm.create_model("convnext_atto").state_dict()  # the full network says stages.0, the pyramid stages_0
+    path = tmp_path / f"weights{suffix}"
+    save_file(full, path) if suffix == ".safetensors" else torch.save({"state_dict": full}, path)
+    teacher = FrozenPyramid("convnext_atto", [0, 1])
+    load_teacher(teacher, "convnext_atto", str(path))
+    own = {name.replace(".", "_"): tensor for name, tensor in teacher.net.state_dict().items()}
+    given = {name.replace(".", "_"): tensor for name, tensor in full.items()}
+    assert all(torch.equal(tensor, given[name]) for name, tensor in own.items())
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+def test_bad_weights_files(tmp_path):
+    teacher = FrozenPyramid("resnet18", LAYERS)
+    bomb, broken, other, part = (tmp_path / name for name in ("b.pth", "c.safetensors", "o.pth", "p.pth"))
+    bomb.write_bytes(pickle.dumps({"conv1.weight": Bomb()}))
+    broken.write_bytes(BUILTIN_FILE.read_bytes()[:1000])
+    torch.save(timm.create_model("resnet50").state_dict(), other)
+    torch.save({k: v for k, v in timm.create_model("resnet18").state_dict().items() if "layer3" not in k}, part)
+    for path, words in (
+        (tmp_path / "none.pth", "is not a file"),
+        (bomb, "holds more than tensors"),
+        (broken, "is corrupt"),
+        (other, "misshapen"),
+        (part, "layer3.0.conv1.weight"),
+    ):
+        with pytest.raises(STPMError) as error:
+            load_teacher(teacher, "resnet18", str(path))
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_hub_out_of_reach_names_the_remedy():
+    teacher = FrozenPyramid("resnet18.tv_in1k", LAYERS)
+    with pytest.raises(STPMError) as error:
+        load_teacher(teacher, "resnet18.tv_in1k", None)
+    assert "teacher_weights" in str(error.value)
+    assert "builtin" in str(error.value)
+
+
+def test_smoothing_is_a_gaussian_over_the_map():
+    sharp, smooth = STPMModel("resnet18", LAYERS), STPMModel("resnet18", LAYERS, smoothing_sigma=2.0)
+    smooth.load_state_dict(sharp.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    raw, blurred = (model.eval()(images).anomaly_map for model in (sharp, smooth))
+    at = torch.arange(-8, 9.0)
+    bell = torch.exp(-0.5 * (at / 2.0) ** 2)
+    kernel = bell[:, None] * bell / bell.sum() ** 2
+    by_hand = (raw[0, 0, 24:41, 24:41] * kernel).sum()
+    torch.testing.assert_close(blurred[0, 0, 32, 32], by_hand, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,239 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL, TINY, anomalib, fit
+from lightning.pytorch.callbacks import Callback
+from torchvision.transforms import v2
+
+from stpm_plugin import STPM, DemoData
+from stpm_plugin.errors import STPMError
+from stpm_plugin.lightning_model import CHECKPOINT_KEY
+from stpm_plugin.thresholds import STPMPostProcessor
+from stpm_plugin.training_data import augments, split
+
+
+def student(model: STPM) -> torch.Tensor:
+    return torch.cat([tensor.flatten().float() for tensor in model.model.student.state_dict().values()])
+
+
+def test_split_is_seeded_and_complete():
+    first, again, other = (split(320, 0.2, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert (len(first.train), len(first.holdout)) == (256, 64)
+    assert sorted(first.train + first.holdout) == list(range(320))
+
+
+def test_ranks_share_the_images_evenly():
+    parts = [split(21, 0.2, 0, rank, 2) for rank in range(2)]
+    assert len(parts[0].train) == len(parts[1].train) == 8
+    assert not {*parts[0].train} & {*parts[1].train}
+    assert not {*parts[0].holdout} & {*parts[1].holdout}
+
+
+def test_too_few_images_is_said():
+    with pytest.raises(STPMError, match="lower holdout"):
+        split(2, 0.5, 0)
+
+
+def test_augmentation_is_noticed():
+    class Data:
+        augmentations = v2.Compose([v2.Resize((8, 8))])
+
+    assert not augments(Data, v2.Compose([v2.Resize((8, 8)), v2.Normalize([0.5] * 3, [0.5] * 3)]))
+    Data.augmentations = v2.Compose([v2.RandomHorizontalFlip(), v2.Resize((8, 8))])
+    assert augments(Data, None)
+
+
+def test_same_seed_same_weights(trained, demo, tmp_path):
+    _, again = fit(demo, tmp_path, 3)
+    assert torch.equal(student(again), student(trained[0]))
+
+
+@pytest.mark.parametrize("cache", ["disk", "off"])
+def test_cached_equals_uncached(trained, demo, tmp_path, cache):
+    _, other = fit(demo, tmp_path, 3, cache=cache, cache_dir=str(tmp_path / "cache"))
+    difference = (student(other) - student(trained[0])).abs().max() / student(trained[0]).abs().max()
+    assert difference < (1e-6 if cache == "disk" else 0.02)  # kept images and features are rounded to 11 bits
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_resumed_equals_uninterrupted(trained, demo, demo_root, tmp_path):
+    engine, _ = fit(demo, tmp_path / "first", 2)
+    checkpoint = engine.best_model_path
+    _, resumed = fit(DemoData(root=demo_root, **TINY), tmp_path / "second", 3, checkpoint, seed=7)
+    torch.testing.assert_close(student(resumed), student(trained[0]), rtol=1e-4, atol=1e-5)
+    assert resumed._chosen.epoch == trained[0]._chosen.epoch
+    assert resumed._chosen.score == pytest.approx(trained[0]._chosen.score, rel=1e-4)
+
+
+def test_the_chosen_weights_are_everywhere(demo, tmp_path):
+    engine, model = fit(demo, tmp_path, 4, lr=1.0)  # a rate at which the score goes up and down
+    checkpoint = torch.load(engine.best_model_path, weights_only=True)
+    loaded = STPM.load_from_checkpoint(engine.best_model_path)
+    assert torch.equal(student(loaded), student(model))
+    assert checkpoint[CHECKPOINT_KEY]["score"] == pytest.approx(model._chosen.score)
+    assert torch.equal(loaded.post_processor.image_max, model.post_processor.image_max)
+    assert not torch.isnan(loaded.post_processor.image_threshold)
+    before, after = engine.test(model, datamodule=demo)[0], engine.test(loaded, datamodule=demo)[0]
+    assert before == after
+
+
+def test_the_lowest_holdout_score_is_chosen(demo, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.2, 0.4])
+    seen = []
+
+    def score(self):
+        seen.append(student(self).clone())
+        return next(scores), torch.ones(2)
+
+    monkeypatch.setattr(STPM, "_score_holdout", score)
+    monkeypatch.setattr(STPMPostProcessor, "calibrate", lambda *_: None)
+    monkeypatch.setattr(STPM, "on_train_end", _without_second_scoring(STPM.on_train_end, scores))
+    _, model = fit(demo, tmp_path, 3)
+    assert model._chosen.epoch == 1
+    assert torch.equal(student(model), seen[1])
+
+
+def _without_second_scoring(method, scores):
+    def on_train_end(self):
+        self._score_holdout = lambda: (0.0, torch.ones(2))
+        method(self)
+        assert list(scores) == []
+
+    return on_train_end
+
+
+def test_thresholds_without_defects(demo_root, tmp_path):
+    datamodule = DemoData(root=demo_root, val_split_mode="none", **TINY)
+    _, model = fit(datamodule, tmp_path, 1, holdout=0.4, post_processor=STPMPostProcessor(normal_quantile=0.5))
+    processor = model.post_processor
+    normalized = processor._normalize(torch.tensor([0.0, 1.0, 9.0]) * processor.image_threshold, *[processor.image_min] * 2, processor.image_threshold)
+    torch.testing.assert_close(normalized, torch.tensor([0.0, 0.5, 0.9]))
+    loaded = STPM.load_from_checkpoint(next(tmp_path.rglob("model.ckpt")))
+    assert loaded.post_processor.normal_quantile == 0.5
+    assert torch.equal(loaded.post_processor.image_threshold, processor.image_threshold)
+
+
+def test_quantile_by_hand():
+    processor = STPMPostProcessor(normal_quantile=0.75)
+    processor.calibrate(torch.tensor([4.0, 1.0, 3.0, 2.0, 5.0]))
+    assert processor.image_threshold == processor.pixel_threshold == 4.0
+    with pytest.raises(STPMError, match="holdout"):
+        processor.calibrate(torch.empty(0))
+    with pytest.raises(STPMError, match="between 0 and 1"):
+        STPMPostProcessor(normal_quantile=1.0)
+
+
+def test_own_epochs_bound_a_run_that_names_none(demo, tmp_path):
+    _, model = fit(demo, tmp_path, None, epochs=2)
+    assert model.trainer.current_epoch == 2
+
+
+def test_users_validation_changes_no_weights(trained, demo, tmp_path):
+    _, model = fit(demo, tmp_path, 3, trainer={"check_val_every_n_epoch": 2})
+    assert torch.equal(student(model), student(trained[0]))
+
+
+def test_holdout_of_zero_takes_the_last_epoch(demo, tmp_path):
+    _, model = fit(demo, tmp_path, 2, holdout=0)
+    assert model._chosen.epoch == 1
+
+
+def test_datamodule_gets_its_loader_back(trained, demo, tmp_path):
+    fit(demo, tmp_path, 1)
+    assert "train_dataloader" not in vars(demo)
+
+
+def test_one_cycle_ends_at_no_rate(demo, tmp_path):
+    _, model = fit(demo, tmp_path, 2, schedule="one-cycle")
+    assert model.lr_schedulers().get_last_lr()[0] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"holdout": 1.5}, "holdout=1.5"), ({"smoothing_sigma": -1}, "smoothing_sigma"), ({"layers": ["layer7"]}, "layer1 (1)")],
+)
+def test_bad_arguments(arguments, words):
+    with pytest.raises(STPMError) as error:
+        STPM(**{**MODEL, **arguments})
+    assert words in str(error.value)
+
+
+def test_plain_loaders_are_refused(demo, tmp_path):
+    from anomalib.engine import Engine
+
+    demo.prepare_data()
+    demo.setup()
+    with pytest.raises(STPMError, match="datamodule instead of data loaders"):
+        Engine(default_root_dir=tmp_path).fit(STPM(**MODEL), train_dataloaders=demo.train_dataloader())
+
+
+def test_untrained_model_is_refused(demo, tmp_path):
+    from anomalib.engine import Engine
+
+    with pytest.raises(STPMError, match="ckpt_path"):
+        Engine(default_root_dir=tmp_path, accelerator="cpu").test(STPM(**MODEL), datamodule=demo)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_is_named(tmp_path, workers):
+    datamodule = DemoData(root=tmp_path / "data", **{**TINY, "num_workers": workers})
+    datamodule.prepare_data()
+    broken = sorted((tmp_path / "data").glob("*/train/good/*.png"))[3]
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(STPMError) as error:
+        fit(datamodule, tmp_path / "run", 1)
+    assert str(broken) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_anomalous_training_image_is_refused(demo, tmp_path):
+    demo.prepare_data()
+    demo.setup()
+    demo._is_setup = True
+    demo.train_data.samples.loc[2, "label_index"] = 1
+    with pytest.raises(STPMError, match="1 of 10 training images are labelled anomalous"):
+        fit(demo, tmp_path, 1)
+
+
+def test_non_finite_loss_keeps_the_last_checkpoint(demo, tmp_path):
+    with pytest.raises(STPMError, match=r"the loss is nan in epoch 1, batch \d+: lower lr"):
+        fit(demo, tmp_path, 3, trainer={"callbacks": [_Poison()]})
+    checkpoint = torch.load(next(tmp_path.rglob("model.ckpt")), weights_only=True)
+    assert checkpoint["epoch"] == 0
+    assert all(torch.isfinite(tensor).all() for name, tensor in checkpoint["state_dict"].items() if "student" in name)
+
+
+
+
+class _Poison(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            next(pl_module.model.student.parameters()).data.fill_(float("nan"))
+
+
+def test_full_disk_goes_on_without_a_cache(demo, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    with pytest.warns(UserWarning, match="Point cache_dir at a larger disk"):
+        _, model = fit(demo, tmp_path, 1, cache="disk")
+    assert model._chosen is not None
+
+
+def test_trained_demo_beats_chance_through_the_command(tmp_path):
+    """Eight epochs on small images: enough to tell defects from good parts far better than chance."""
+    root = Path(__file__).parents[1]
+    anomalib(
+        "train", "-c", str(root / "configs/demo.yaml"), "--model.init_args.image_size", "[128,128]", "--trainer.max_epochs", "8",
+        "--data.init_args.test_images", "4", "--trainer.enable_progress_bar", "false",
+        "--trainer.logger", "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}",
+        cwd=tmp_path,
+    )  # fmt: skip
+    metrics = next(tmp_path.glob("logs/**/metrics.csv")).read_text().splitlines()
+    last = dict(zip(metrics[0].split(","), metrics[-1].split(","), strict=True))
+    assert float(last["pixel_AUROC"]) > 0.8, json.dumps(last)
+    assert list(tmp_path.glob("results/STPM/DemoData/*/latest/images/**/*.png"))
