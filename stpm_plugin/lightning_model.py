@@ -391,8 +391,8 @@ class STPM(AnomalibModule):
         """Run anomalib's validation epoch, which sets thresholds and normalisation."""
         if self._limit_val_batches is not None:
             self.trainer.limit_val_batches = self._limit_val_batches
-        if not self.trainer.enable_validation:
-            return
+        if not self.trainer.enable_validation or not hasattr(self.trainer.datamodule, "val_data"):
+            return  # val_split_mode=none
         self.trainer.validating = True
         self.trainer.fit_loop.epoch_loop.val_loop.run()
         self.trainer.training = True

@@ -23,7 +23,7 @@ def test_equals_torchvisions_antialiased_resize(size):
 def test_exported_form_equals_the_lightning_form():
     processor = STPMPreProcessor(image_size=(96, 64))
     images = torch.rand(1, 3, 203, 151)
-    torch.testing.assert_close(processor(images), processor.transform(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(processor(images), processor.transform(images), rtol=1e-4, atol=1e-4)
     restored = STPMPreProcessor()
     restored.load_checkpoint_config(processor.checkpoint_config())
     torch.testing.assert_close(restored(images), processor(images))

@@ -1,0 +1,175 @@
+"""STPM through the real host, in fresh processes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import MODEL, TINY, anomalib, run
+from PIL import Image
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ONE_EPOCH = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+SMALL = ["--model.backbone", "resnet18", "--model.teacher_weights", "builtin", "--model.image_size", "[64,64]"]
+
+
+def data(root: Path) -> list[str]:
+    return ["--data", "stpm_plugin.DemoData", "--data.root", str(root), *(f"--data.{k}={v}" for k, v in TINY.items())]
+
+
+def test_importing_the_package_or_torch_imports_no_anomalib():
+    code = "import sys; import {}; print([m for m in ('anomalib', 'lightning', 'torch') if m in sys.modules])"
+    assert run("-c", code.format("stpm_plugin")).strip() == "[]"
+    assert run("-c", code.format("torch")).strip() == "['torch']"
+
+
+IN_PYTHON = """
+import {first}
+from anomalib.models import get_model, list_models
+import anomalib.models
+kwargs = {{"backbone": "resnet18"}}
+for name in ("STPM", "stpm", {{"class_path": "STPM"}}, {{"class_path": "anomalib.models.STPM"}}):
+    assert type(get_model(name, **kwargs)).__module__ == "stpm_plugin.lightning_model", name
+assert "stpm" in {{name.replace("_", "") for name in list_models()}}
+from stpm_plugin import STPM, STPMModel
+assert anomalib.models.STPM is STPM
+print("known")
+"""
+
+
+@pytest.mark.parametrize("first", ["anomalib.models", "torch", "stpm_plugin", "stpm_plugin.torch_model", "stpm_plugin.lightning_model", "anomalib.engine"])
+def test_known_in_python_whatever_is_imported_first(first):
+    output = run("-c", IN_PYTHON.format(first=first))
+    assert "known" in output
+    assert "could not register" not in output
+
+
+def test_switched_off_by_the_environment():
+    output = run("-c", IN_PYTHON.format(first="torch"), env={"STPM_PLUGIN_AUTOLOAD": "0"}, check=False)
+    assert "UnknownModelError" in output
+
+
+def test_a_broken_plugin_breaks_neither_torch_nor_anomalib(tmp_path):
+    broken = tmp_path / "stpm_plugin"
+    shutil.copytree(Path(__file__).parents[1] / "stpm_plugin", broken, ignore=shutil.ignore_patterns("*.safetensors"))
+    (broken / "lightning_model.py").write_text("raise OSError('half removed')")
+    output = run("-c", "import anomalib.models; print('alive')", env={"PYTHONPATH": str(tmp_path)})
+    assert "alive" in output
+    assert "half removed" in output
+    assert "STPM_PLUGIN_AUTOLOAD=0" in output
+
+
+@pytest.fixture(scope="module")
+def commanded(demo_root, tmp_path_factory) -> Path:
+    """Folder of a run of `anomalib train --model STPM`."""
+    folder = tmp_path_factory.mktemp("commanded")
+    output = anomalib("train", "--model", "STPM", *SMALL, *data(demo_root), *ONE_EPOCH, cwd=folder)
+    assert "image_AUROC" in output
+    assert "small teacher trained on CIFAR-10" in output
+    return next(folder.glob("results/STPM/DemoData/*/v0"))
+
+
+def test_saved_config_names_the_package_and_repeats_the_run(commanded, tmp_path):
+    saved = commanded / "config.yaml"
+    config = yaml.safe_load(saved.read_text())
+    assert config["model"]["class_path"] == "stpm_plugin.STPM"
+    config["seed_everything"] = 3
+    for name in ("a", "b"):
+        (tmp_path / "saved.yaml").write_text(yaml.safe_dump({**config, "default_root_dir": name, "trainer": {**config["trainer"], "default_root_dir": None}}))
+        anomalib("fit" if name == "a" else "train", "-c", "saved.yaml", cwd=tmp_path)
+    first, second = (torch.load(next(tmp_path.glob(f"{name}/**/model.ckpt")), weights_only=True) for name in "ab")
+    assert all(torch.equal(tensor, second["state_dict"][key]) for key, tensor in first["state_dict"].items() if "student" in key)
+
+
+def test_validate_test_predict_and_export_from_a_checkpoint_without_hub(commanded, demo_root, tmp_path):
+    checkpoint = ["--ckpt_path", str(commanded / "weights/lightning/model.ckpt")]
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    anomalib("validate", "--model", "stpm_plugin.STPM", "--model.backbone", "resnet18", "--model.image_size", "[64,64]", *data(demo_root), *checkpoint, *quiet, cwd=tmp_path)
+    assert "image_AUROC" in anomalib("test", "--model", "STPM", "--model.backbone", "resnet18", *data(demo_root), *checkpoint, *quiet, cwd=tmp_path)
+    good = next(demo_root.glob("*/test/good"))
+    anomalib("predict", "--model", "STPM", "--model.backbone", "resnet18", "--data", str(good), *checkpoint, *quiet, cwd=tmp_path)
+    assert list(tmp_path.glob("results/STPM/**/*.png"))
+    anomalib("export", "--model", "STPM", "--model.backbone", "resnet18", "--export_type", "openvino", *checkpoint, "--export_root", "out", cwd=tmp_path)
+    assert (tmp_path / "out/weights/openvino/model.xml").is_file()
+
+
+@pytest.mark.parametrize("class_path", ["STPM", "stpm_plugin.STPM"])
+def test_yaml_with_either_class_path_and_module_run_without_autoload(class_path, demo_root, tmp_path):
+    config = {
+        "model": {"class_path": class_path, "init_args": {**MODEL, "image_size": [64, 64]}},
+        "data": {"class_path": "stpm_plugin.DemoData", "init_args": {"root": str(demo_root), **TINY}},
+    }
+    Path("run.yaml").write_text(json.dumps(config))
+    run("-m", "stpm_plugin", "fit", "-c", "run.yaml", *ONE_EPOCH, env={"STPM_PLUGIN_AUTOLOAD": "0"}, cwd=tmp_path)
+    assert list(tmp_path.glob("results/**/model.ckpt"))
+
+
+def test_unreachable_hub_is_one_sentence(demo_root, tmp_path):
+    output = anomalib("fit", "--model", "STPM", *data(demo_root), *ONE_EPOCH, check=False, cwd=tmp_path)
+    assert "fetching the teacher's weights" in output
+    assert output.strip().splitlines()[-1].startswith("stpm_plugin.errors.STPMError: the weights of resnet18.tv_in1k could not be fetched")
+    assert "During handling" not in output
+
+
+def hub(folder: Path) -> dict[str, str]:
+    """A hub client's cache that holds random weights of a ResNet-18, so that anomalib's models start offline."""
+    import timm
+    from safetensors.torch import save_file
+
+    for name in ("a1_in1k", "tv_in1k"):
+        snapshot = folder / f"hub/models--timm--resnet18.{name}/snapshots/0"
+        snapshot.mkdir(parents=True)
+        save_file(timm.create_model("resnet18").state_dict(), snapshot / "model.safetensors")
+        refs = snapshot.parents[1] / "refs"
+        refs.mkdir()
+        (refs / "main").write_text("0")
+    return {"HF_HOME": str(folder)}
+
+
+def test_benchmark_of_four_models(demo_root, tmp_path):
+    config = yaml.safe_load((CONFIGS / "benchmark.yaml").read_text())
+    config["benchmark"]["data"] = {"class_path": "stpm_plugin.DemoData", "init_args": {"root": str(demo_root), **TINY}}
+    Path("benchmark.yaml").write_text(yaml.safe_dump(config))
+    output = anomalib("benchmark", "--config", "benchmark.yaml", env={"PL_TRAINER_MAX_EPOCHS": "1", **hub(tmp_path / "home")}, cwd=tmp_path)
+    rows = pd.read_csv(next(tmp_path.glob("runs/**/results.csv")))
+    assert [*rows["model.class_path"]] == ["STPM", "Stfpm", "Padim", "Patchcore"], output[-2000:]
+    real = rows.iloc[0]
+    assert 0 <= real.image_AUROC <= 1
+    assert real.pixel_AUROC > 0.5
+    assert real.fit_duration > 0
+
+
+@pytest.mark.parametrize("defects", [True, False])
+def test_folder_config(defects, demo_root, tmp_path):
+    source = next(demo_root.glob("plate*"))
+    shutil.copytree(source / "train/good", tmp_path / "parts/good")
+    extra = []
+    if defects:
+        shutil.copytree(source / "test/stain", tmp_path / "parts/stain")
+        extra = ["--data.init_args.abnormal_dir", "stain"]
+    output = anomalib(
+        "train", "-c", str(CONFIGS / "folder.yaml"), "--data.init_args.root", "parts", "--model.init_args.backbone", "resnet18",
+        "--model.init_args.teacher_weights", "builtin", "--model.init_args.image_size", "[64,64]", *extra, *ONE_EPOCH, cwd=tmp_path,
+    )  # fmt: skip
+    assert "image_AUROC" in output
+
+
+def test_paper_config(tmp_path):
+    for part in ("train/good", "test/good", "test/hole", "ground_truth/hole"):
+        (tmp_path / "mvtec/bottle" / part).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(5):
+        for part in ("train/good", "test/good", "test/hole"):
+            Image.fromarray(rng.integers(0, 255, (70, 90, 3), np.uint8)).save(tmp_path / f"mvtec/bottle/{part}/{index}.png")
+        mask = np.zeros((70, 90), np.uint8)
+        mask[10:30, 20:50] = 255
+        Image.fromarray(mask).save(tmp_path / f"mvtec/bottle/ground_truth/hole/{index}_mask.png")
+    output = anomalib(
+        "train", "-c", str(CONFIGS / "paper.yaml"), "--data.init_args.root", "mvtec", "--model.init_args.backbone", "resnet18",
+        "--model.init_args.teacher_weights", "builtin", "--data.init_args.num_workers", "0", *ONE_EPOCH, cwd=tmp_path,
+    )  # fmt: skip
+    assert "pixel_AUPRO" in output
