@@ -1,5 +1,6 @@
-"""What a blurred difference image scores on the demo data: the mean good image is the reference, the largest blurred
-difference the image score.
+"""What a blurred difference image scores on the demo data.
+
+The mean good image is the reference, the largest blurred difference the image score.
 
     python -m benchmarks.demo_baseline
 """

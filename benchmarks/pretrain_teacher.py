@@ -70,7 +70,7 @@ def prepare(images: Tensor, size: int, augment: bool) -> Tensor:
         padded = F.pad(images.float(), (pad,) * 4, mode="reflect")
         side = images.shape[-1]
         tops, lefts = torch.randint(0, 2 * pad + 1, (2, len(images))).tolist()
-        images = torch.stack([p[:, t : t + side, l : l + side] for p, t, l in zip(padded, tops, lefts, strict=True)])
+        images = torch.stack([p[:, y : y + side, x : x + side] for p, y, x in zip(padded, tops, lefts, strict=True)])
         flips = torch.rand(len(images)) < 0.5
         images[flips] = images[flips].flip(-1)
     images = images.float() / 255

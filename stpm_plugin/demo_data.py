@@ -187,7 +187,9 @@ def _dent(part: Image.Image, rng: np.random.Generator) -> Image.Image:
 def _stain(part: Image.Image, rng: np.random.Generator) -> Image.Image:
     x, y = _spot(rng, part.width)
     radius = rng.uniform(0.02, 0.08) * part.width
-    blobs = [(x + rng.normal(0, radius / 2), y + rng.normal(0, radius / 2), radius * rng.uniform(0.4, 0.8)) for _ in range(6)]
+    blobs = [
+        (x + rng.normal(0, radius / 2), y + rng.normal(0, radius / 2), radius * rng.uniform(0.4, 0.8)) for _ in range(6)
+    ]
     color = (int(rng.integers(95, 125)), int(rng.integers(75, 95)), int(rng.integers(45, 65)), 255)
     return _keep_shape(part, lambda pen: [_disc(pen, *blob, color) for blob in blobs])
 
@@ -195,7 +197,9 @@ def _stain(part: Image.Image, rng: np.random.Generator) -> Image.Image:
 def _plugged_hole(part: Image.Image, rng: np.random.Generator) -> Image.Image:
     x, y = HOLES[rng.integers(len(HOLES))]
     tone = int(rng.integers(150, 200))
-    return _keep_shape(part, lambda pen: _disc(pen, x * part.width, y * part.width, 0.036 * part.width, (tone, tone, tone, 255)))
+    return _keep_shape(
+        part, lambda pen: _disc(pen, x * part.width, y * part.width, 0.036 * part.width, (tone, tone, tone, 255))
+    )
 
 
 def _chip(part: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -203,7 +207,7 @@ def _chip(part: Image.Image, rng: np.random.Generator) -> Image.Image:
     radius = rng.uniform(0.022, 0.05) * part.width
     turns = np.sort(rng.uniform(0, 2 * np.pi, 5))
     corners = [(x + radius * np.cos(turn), y + radius * np.sin(turn)) for turn in turns]
-    color = tuple(int(value) for value in rng.choice([(172, 120, 70), (60, 70, 66), (205, 205, 198)])) + (255,)
+    color = (*rng.choice([(172, 120, 70), (60, 70, 66), (205, 205, 198)]).tolist(), 255)
     return _keep_shape(part, lambda pen: pen.polygon(corners, fill=color))
 
 

@@ -81,8 +81,8 @@ def open_cache(
     except OSError as error:
         free = shutil.disk_usage(folder).free / 2**30 if folder and folder.is_dir() else 0.0
         rank_zero_warn(
-            f"STPM: the cache of {need / 2**30:.2f} GiB finds no room in {folder} ({free:.2f} GiB free, {error.strerror}): "
-            "training goes on without it, slower. Point cache_dir at a larger disk to have it."
+            f"STPM: the cache of {need / 2**30:.2f} GiB finds no room in {folder} ({free:.2f} GiB free, "
+            f"{error.strerror}): training goes on without it, slower. Point cache_dir at a larger disk to have it."
         )
         return None
 

@@ -52,7 +52,9 @@ class FeaturePyramid(nn.Module):
         """
         channels, height, width = images.shape[1:]
         if channels != 3:
-            msg = f"STPM takes images of 3 channels, got {channels}: convert grey images to RGB by repeating the channel."
+            msg = (
+                f"STPM takes images of 3 channels, got {channels}: convert grey images to RGB by repeating the channel."
+            )
             raise STPMError(msg)
         if not torch.compiler.is_compiling() and min(height, width) < self.strides[-1]:
             msg = (

@@ -71,6 +71,8 @@ class STPM(AnomalibModule):
         cache_dir: Directory of the cache's file; nothing for the system's temporary directory.
         precision: ``auto`` computes the networks in bfloat16 while training where the hardware has it natively;
             ``trainer`` leaves it to ``trainer.precision``, which also wins when it is not 32 bits.
+        seed: Seed of the student's first weights, of the hold-out and of the batches; nothing to draw them from torch's
+            global seed. (anomalib 2.7's command line accepts ``--seed_everything`` and does not use it.)
         pre_processor: As in anomalib.
         post_processor: As in anomalib; :class:`stpm_plugin.STPMPostProcessor` can set thresholds without defects.
         evaluator: As in anomalib.
@@ -97,6 +99,7 @@ class STPM(AnomalibModule):
         cache: CacheMode = "auto",
         cache_dir: str | None = None,
         precision: Literal["auto", "trainer"] = "auto",
+        seed: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -111,14 +114,17 @@ class STPM(AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        self.model = STPMModel(backbone, layers, smoothing_sigma)
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            self.model = STPMModel(backbone, layers, smoothing_sigma)
         self.backbone, self.teacher_weights = backbone, teacher_weights
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.schedule, self.epochs, self.batch_size, self.holdout = schedule, epochs, batch_size, holdout
         self.cache, self.cache_dir, self.precision = cache, cache_dir, precision
 
         self._teacher_ready = False  # weights are read when fit starts, so that a checkpoint never needs their source
-        self._data_seed: int | None = None
+        self._data_seed = seed
         self._split: Split | None = None
         self._loader: DataLoader | None = None
         self._kept: FeatureCache | None = None
@@ -145,7 +151,7 @@ class STPM(AnomalibModule):
         return STPMPreProcessor(image_size=image_size or (256, 256))
 
     def configure_post_processor(self) -> PostProcessor:
-        """anomalib's thresholds and normalisation."""
+        """Anomalib's thresholds and normalisation."""
         return STPMPostProcessor()
 
     def configure_optimizers(self) -> Any:
@@ -171,13 +177,17 @@ class STPM(AnomalibModule):
             return
         trainer, datamodule = self.trainer, self.trainer.datamodule
         if datamodule is None:
-            msg = "STPM holds out and keeps training images itself: pass Engine.fit a datamodule instead of data loaders."
+            msg = (
+                "STPM holds out and keeps training images itself: pass Engine.fit a datamodule instead of data loaders."
+            )
             raise STPMError(msg)
         datamodule.train_dataloader = self._train_dataloader  # on this instance, until teardown
         unbounded = trainer.max_steps == -1 and trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS
         if unbounded and self.epochs != LIGHTNING_DEFAULT_EPOCHS:
             trainer.fit_loop.max_epochs = self.epochs
-            rank_zero_info(f"STPM: trainer.max_epochs is not set; training {self.epochs} epochs (the model's `epochs`).")
+            rank_zero_info(
+                f"STPM: trainer.max_epochs is not set; training {self.epochs} epochs (the model's `epochs`)."
+            )
         if trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0:
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
 

@@ -56,7 +56,7 @@ def exportable(transform: Transform | None, fallback: Transform | None) -> nn.Mo
         parts = [exportable(*pair) for pair in zip(transform.transforms, fallback.transforms, strict=True)]
         return nn.Sequential(*parts)
     fixed = isinstance(transform, Resize) and transform.size is not None and len(transform.size) == 2
-    if fixed and transform.antialias and transform.interpolation == InterpolationMode.BILINEAR:
+    if fixed and transform.antialias and InterpolationMode(transform.interpolation) == InterpolationMode.BILINEAR:
         return AntialiasedResize(tuple(transform.size))
     return fallback
 

@@ -30,7 +30,7 @@ def autoload() -> None:
 
         for name in WATCHED:
             register_post_import_hook(_on_import, name)
-    except Exception as error:  # noqa: BLE001 - anything raised here would make `import torch` fail
+    except Exception as error:
         _warn(error)
 
 
@@ -52,7 +52,7 @@ def _on_import(module: ModuleType) -> None:
     try:
         for name in PROVIDED:
             import_module(name)
-    except Exception as error:  # noqa: BLE001 - a broken plugin must not break anomalib
+    except Exception as error:
         _warn(error)
 
 

@@ -52,7 +52,7 @@ def _fetch(backbone: str, teacher: FrozenPyramid) -> Mapping[str, Tensor]:
     rank_zero_info(f"STPM: fetching the teacher's weights ({backbone}) from timm's hub, or from its cache.")
     try:
         net = timm.create_model(backbone, pretrained=True, features_only=True, out_indices=teacher.indices)
-    except Exception as error:  # noqa: BLE001 - the hub client's errors have no common base class
+    except Exception as error:
         msg = (
             f"the weights of {backbone} could not be fetched from timm's hub ({type(error).__name__}). Without a "
             "network give teacher_weights the path of a .safetensors or .pth file, or 'builtin' for a trial."
@@ -72,8 +72,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         msg = (
-            f"teacher_weights={str(path)!r} holds more than tensors, or is corrupt, and is not loaded: save the network's "
-            "state_dict() alone, best as .safetensors."
+            f"teacher_weights={str(path)!r} holds more than tensors, or is corrupt, and is not loaded: save "
+            "the network's state_dict() alone, best as .safetensors."
         )
         raise STPMError(msg) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
@@ -85,7 +85,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
 
 def _fill(teacher: FrozenPyramid, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy the tensors that the teacher has, by name; timm writes ``stages_0`` where the full network has ``stages.0``."""
+    """Copy the tensors that the teacher has, by name; its ``stages_0`` is the full network's ``stages.0``."""
     given = {name.replace(".", "_"): tensor for name, tensor in weights.items()}
     state = teacher.net.state_dict()
     missing, misshapen = [], []

@@ -86,8 +86,8 @@ def check_normal(dataset: Any) -> None:
     wrong = samples[samples.label_index == 1]
     if len(wrong):
         msg = (
-            f"{len(wrong)} of {len(samples)} training images are labelled anomalous, the first {wrong.image_path.iloc[0]}: "
-            "STPM learns from normal images only. Move them to the test set."
+            f"{len(wrong)} of {len(samples)} training images are labelled anomalous, the first "
+            f"{wrong.image_path.iloc[0]}: STPM learns from normal images only. Move them to the test set."
         )
         raise STPMError(msg)
 
@@ -151,7 +151,9 @@ def read(loader: DataLoader, places: Sequence[int], batch_size: int) -> Iterator
     )
     for batch in batches:
         if isinstance(batch, _Unreadable):
-            msg = f"training image {batch.path} cannot be read ({batch.reason}): repair it or take it out of the folder."
+            msg = (
+                f"training image {batch.path} cannot be read ({batch.reason}): repair it or take it out of the folder."
+            )
             raise STPMError(msg)
         yield batch
 

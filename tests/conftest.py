@@ -51,7 +51,15 @@ def trained(demo_root: Path, tmp_path_factory: pytest.TempPathFactory):
     return model, engine, Path(engine.best_model_path)
 
 
-def fit(datamodule, folder: Path, max_epochs: int | None, ckpt_path: Path | None = None, seed: int = 0, trainer=None, **arguments):
+def fit(
+    datamodule,
+    folder: Path,
+    max_epochs: int | None,
+    ckpt_path: Path | None = None,
+    seed: int = 0,
+    trainer=None,
+    **arguments,
+):
     """Fit a small STPM through anomalib's Engine and return both."""
     from anomalib.engine import Engine
     from lightning.pytorch import seed_everything
@@ -60,7 +68,9 @@ def fit(datamodule, folder: Path, max_epochs: int | None, ckpt_path: Path | None
 
     seed_everything(seed)
     model = STPM(**{**MODEL, **arguments})
-    engine = Engine(default_root_dir=folder, max_epochs=max_epochs, accelerator="cpu", enable_progress_bar=False, **(trainer or {}))
+    engine = Engine(
+        default_root_dir=folder, max_epochs=max_epochs, accelerator="cpu", enable_progress_bar=False, **(trainer or {})
+    )
     engine.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
     return engine, model
 

@@ -26,7 +26,9 @@ def test_families(backbone):
     size = 224 if "swin" in backbone else 64
     model = STPMModel(backbone, FAMILIES[backbone]).eval()
     images = torch.randn(2, 3, size, size)
-    for level, channels, stride in zip(model.student(images), model.student.channels, model.student.strides, strict=True):
+    for level, channels, stride in zip(
+        model.student(images), model.student.channels, model.student.strides, strict=True
+    ):
         assert level.shape == (2, channels, size // stride, size // stride)
     prediction = model(images)
     scores, maps = prediction.pred_score, prediction.anomaly_map

@@ -31,7 +31,10 @@ def test_distance_is_one_minus_cosine():
 
 def test_loss_is_twice_the_sum_of_mean_distances():
     teacher = [normalize(column(1.0, 0.0)), normalize(column(1.0, 0.0).repeat(1, 1, 2, 1))]
-    student = [column(0.6, 0.8), torch.tensor([[0.0, 1.0], [1.0, 0.0]]).view(1, 2, 2, 1).transpose(1, 2).reshape(1, 2, 2, 1)]
+    student = [
+        column(0.6, 0.8),
+        torch.tensor([[0.0, 1.0], [1.0, 0.0]]).view(1, 2, 2, 1).transpose(1, 2).reshape(1, 2, 2, 1),
+    ]
     # level 1: 0.4; level 2: the mean of 1 (orthogonal) and 0 or of 0 and 1
     assert matching_loss(teacher, student).item() == pytest.approx(2 * (0.4 + 0.5), abs=1e-6)
 

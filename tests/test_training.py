@@ -118,7 +118,9 @@ def test_thresholds_without_defects(demo_root, tmp_path):
     datamodule = DemoData(root=demo_root, val_split_mode="none", **TINY)
     _, model = fit(datamodule, tmp_path, 1, holdout=0.4, post_processor=STPMPostProcessor(normal_quantile=0.5))
     processor = model.post_processor
-    normalized = processor._normalize(torch.tensor([0.0, 1.0, 9.0]) * processor.image_threshold, *[processor.image_min] * 2, processor.image_threshold)
+    normalized = processor._normalize(
+        torch.tensor([0.0, 1.0, 9.0]) * processor.image_threshold, *[processor.image_min] * 2, processor.image_threshold
+    )
     torch.testing.assert_close(normalized, torch.tensor([0.0, 0.5, 0.9]))
     loaded = STPM.load_from_checkpoint(next(tmp_path.rglob("model.ckpt")))
     assert loaded.post_processor.normal_quantile == 0.5
@@ -175,7 +177,11 @@ def test_one_cycle_rises_and_falls(demo, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"holdout": 1.5}, "holdout=1.5"), ({"smoothing_sigma": -1}, "smoothing_sigma"), ({"layers": ["layer7"]}, "layer1 (1)")],
+    [
+        ({"holdout": 1.5}, "holdout=1.5"),
+        ({"smoothing_sigma": -1}, "smoothing_sigma"),
+        ({"layers": ["layer7"]}, "layer1 (1)"),
+    ],
 )
 def test_bad_arguments(arguments, words):
     with pytest.raises(STPMError) as error:
@@ -226,8 +232,6 @@ def test_non_finite_loss_keeps_the_last_checkpoint(demo, tmp_path):
     checkpoint = torch.load(next(tmp_path.rglob("model.ckpt")), weights_only=True)
     assert checkpoint["epoch"] == 0
     assert all(torch.isfinite(tensor).all() for name, tensor in checkpoint["state_dict"].items() if "student" in name)
-
-
 
 
 class _Poison(Callback):
