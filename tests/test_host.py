@@ -219,6 +219,17 @@ def test_folder_config(defects, demo_root, tmp_path):
     assert "image_AUROC" in output
 
 
+def test_demo_export_config_finds_what_the_demo_wrote(demo_root):
+    demo, export = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("demo.yaml", "demo_export.yaml"))
+    from stpm_plugin import DemoData
+
+    category = DemoData(**demo["data"]["init_args"]).category
+    assert (
+        export["ckpt_path"]
+        == f"{demo['default_root_dir']}/STPM/DemoData/{category}/latest/weights/lightning/model.ckpt"
+    )
+
+
 def test_paper_config(tmp_path):
     for part in ("train/good", "test/good", "test/hole", "ground_truth/hole"):
         (tmp_path / "mvtec/bottle" / part).mkdir(parents=True)
