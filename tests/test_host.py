@@ -37,6 +37,9 @@ for name in ("STPM", "stpm", {{"class_path": "STPM"}}, {{"class_path": "anomalib
 assert "stpm" in {{name.replace("_", "") for name in list_models()}}
 from stpm_plugin import STPM, STPMModel
 assert anomalib.models.STPM is STPM
+from anomalib.pipelines.tiled_ensemble.components.utils import NormalizationStage
+from anomalib.pipelines.tiled_ensemble.components.utils.helper_functions import get_ensemble_model
+assert type(get_ensemble_model({{"class_path": "STPM"}}, 128, NormalizationStage.IMAGE)) is STPM
 print("known")
 """
 
@@ -196,6 +199,7 @@ def test_benchmark_of_four_models(demo_root, tmp_path):
         env={"PL_TRAINER_MAX_EPOCHS": "1", **hub(tmp_path / "home")},
         cwd=tmp_path,
     )
+    assert list(tmp_path.glob("runs/**/results.csv")), output[-4000:]
     rows = pd.read_csv(next(tmp_path.glob("runs/**/results.csv")))
     assert [*rows["model.class_path"]] == ["STPM", "Stfpm", "Padim", "Patchcore"], output[-2000:]
     real = rows.iloc[0]
