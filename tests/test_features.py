@@ -3,7 +3,8 @@ import pickle
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from conftest import SHARED
+from safetensors.torch import load_file, save_file
 
 from stpm_plugin.errors import STPMError
 from stpm_plugin.features import FeaturePyramid, FrozenPyramid
@@ -113,6 +114,15 @@ def test_full_network_or_part(tmp_path, suffix):
 class Bomb:
     def __reduce__(self):
         return (open, ("exploded", "w"))
+
+
+def test_torchvisions_imagenet_weights_fit():
+    path = SHARED / "weights/resnet18.tv_in1k.layers123.safetensors"
+    if not path.is_file():
+        pytest.skip("the ImageNet weights are not at hand")
+    teacher = FrozenPyramid("resnet18.tv_in1k", LAYERS)
+    load_teacher(teacher, "resnet18.tv_in1k", str(path))
+    assert torch.equal(teacher.net.conv1.weight, load_file(path)["conv1.weight"])
 
 
 def test_bad_weights_files(tmp_path):
