@@ -121,10 +121,10 @@ class STPM(AnomalibModule):
         self.backbone, self.teacher_weights = backbone, teacher_weights
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.schedule, self.epochs, self.batch_size, self.holdout = schedule, epochs, batch_size, holdout
-        self.cache, self.cache_dir, self.precision = cache, cache_dir, precision
+        self.cache, self.cache_dir, self.precision, self.seed = cache, cache_dir, precision, seed
 
         self._teacher_ready = False  # weights are read when fit starts, so that a checkpoint never needs their source
-        self._data_seed = seed
+        self._data_seed: int | None = None
         self._split: Split | None = None
         self._loader: DataLoader | None = None
         self._kept: FeatureCache | None = None
@@ -175,6 +175,7 @@ class STPM(AnomalibModule):
         """
         if stage != "fit":
             return
+        self._chosen, self._data_seed = None, self.seed  # of this fit; a checkpoint to resume from is read later
         trainer, datamodule = self.trainer, self.trainer.datamodule
         if datamodule is None:
             msg = (
@@ -244,7 +245,7 @@ class STPM(AnomalibModule):
         self._use_chosen()
         if self.holdout:
             rank_zero_info(f"STPM: chose epoch {self._chosen.epoch}, held-out score {self._chosen.score:.4g}.")
-        if isinstance(self.post_processor, STPMPostProcessor):
+        if getattr(self.post_processor, "normal_quantile", None) is not None:
             self.post_processor.calibrate(self._score_holdout()[1])
         self._validate()
         self._use_chosen()

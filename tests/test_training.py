@@ -152,6 +152,14 @@ def test_holdout_of_zero_takes_the_last_epoch(demo, tmp_path):
     assert model._chosen.epoch == 1
 
 
+def test_a_second_fit_chooses_anew(demo, tmp_path):
+    engine, model = fit(demo, tmp_path, 1)
+    model._chosen = model._chosen._replace(score=0.0, epoch=77)
+    engine.trainer.fit_loop.max_epochs = 2
+    engine.fit(model, datamodule=demo)
+    assert model._chosen.epoch == 1
+
+
 def test_datamodule_gets_its_loader_back(trained, demo, tmp_path):
     fit(demo, tmp_path, 1)
     assert "train_dataloader" not in vars(demo)
