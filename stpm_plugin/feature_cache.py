@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -27,20 +28,20 @@ class FeatureCache:
         count: Number of images N.
         image: One image (3, H, W).
         teacher: Its unit vectors (C_l, H_l, W_l), for each level.
-        directory: Where the file goes; ``None`` keeps everything in memory.
+        place: Device that keeps them, or directory of the file that does.
 
     Raises:
         OSError: The directory has no room or cannot be written.
     """
 
-    def __init__(self, count: int, image: Tensor, teacher: Sequence[Tensor], directory: Path | None) -> None:
+    def __init__(self, count: int, image: Tensor, teacher: Sequence[Tensor], place: torch.device | Path) -> None:
         shapes = [(count, *tensor.shape) for tensor in (image, *teacher)]
-        if directory is None:
-            store = [torch.empty(shape, dtype=KEPT_DTYPE) for shape in shapes]
-        else:
-            flat = _mapped(directory, sum(math.prod(shape) for shape in shapes))
+        if isinstance(place, Path):
+            flat = _mapped(place, sum(math.prod(shape) for shape in shapes))
             parts = flat.split([math.prod(shape) for shape in shapes])
             store = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        else:
+            store = [torch.empty(shape, dtype=KEPT_DTYPE, device=place) for shape in shapes]
         self.images, *self.teacher = store
 
     def put(self, start: int, images: Tensor, teacher: Sequence[Tensor]) -> None:
@@ -50,41 +51,76 @@ class FeatureCache:
 
     def get(self, places: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the images (B, 3, H, W), float32, and unit vectors (B, C_l, H_l, W_l) at ``places`` (B,)."""
+        places = places.to(self.images.device)
         return self.images[places].float(), [level[places] for level in self.teacher]
 
 
 def open_cache(
-    mode: CacheMode, directory: str | None, count: int, image: Tensor, teacher: Sequence[Tensor]
+    mode: CacheMode,
+    directory: str | None,
+    count: int,
+    image: Tensor,
+    teacher: Sequence[Tensor],
+    step: int = 0,
+    processes: int = 1,
 ) -> FeatureCache | None:
     """Choose where to keep ``count`` images, say so, and make the room.
 
     Args:
-        mode: ``memory``, ``disk``, ``off``, or ``auto``: memory while it takes at most half of what is free, then disk.
+        mode: ``memory``: the teacher's GPU while it takes at most half of what is free there, else main memory;
+            ``disk``; ``off``; or ``auto``: as ``memory`` while it takes at most half of what is free, then disk.
         directory: Where the file goes; ``None`` for the system's temporary directory.
         count: Number of images.
         image: One image (3, H, W).
-        teacher: Its unit vectors (C_l, H_l, W_l), for each level.
+        teacher: Its unit vectors (C_l, H_l, W_l), for each level, on the device that trains.
+        step: Memory that a training step takes, bytes; said, with the rest.
+        processes: Processes of this run that share this machine's memory.
 
     Returns:
         The empty cache, or ``None`` where nothing is kept: ``off``, or a disk without the room, which is said.
     """
     need = count * sum(tensor.numel() for tensor in (image, *teacher)) * KEPT_DTYPE.itemsize
-    if mode == "auto":
-        mode = "memory" if need <= MEMORY_SHARE * psutil.virtual_memory().available else "disk"
-    if mode == "off":
+    device = teacher[0].device
+    place = _place(mode, directory, need, device, processes)
+    if place is None:
         return None
-    folder = Path(directory or tempfile.gettempdir()) if mode == "disk" else None
-    place = f"a file in {folder}" if folder else "memory"
-    rank_zero_info(f"STPM: keeping {count} images and their teacher features in {place}, {need / 2**30:.2f} GiB.")
+    peak = Counter(memory=psutil.Process().memory_info().rss)
+    peak[_kind(device)] += step
+    peak[_kind(place)] += need
+    peaks = ", ".join(f"{size / 2**30:.2f} GiB of {kind}" for kind, size in peak.items())
+    where = f"a file in {place}" if isinstance(place, Path) else _kind(place)
+    rank_zero_info(
+        f"STPM: keeping {count} images and their teacher features in {where}, {need / 2**30:.2f} GiB; "
+        f"at its peak the process will take about {peaks}."
+    )
     try:
-        return FeatureCache(count, image, teacher, folder)
+        return FeatureCache(count, image, teacher, place)
     except OSError as error:
-        free = shutil.disk_usage(folder).free / 2**30 if folder and folder.is_dir() else 0.0
+        free = shutil.disk_usage(place).free / 2**30 if place.is_dir() else 0.0
         rank_zero_warn(
-            f"STPM: the cache of {need / 2**30:.2f} GiB finds no room in {folder} ({free:.2f} GiB free, "
+            f"STPM: the cache of {need / 2**30:.2f} GiB finds no room in {place} ({free:.2f} GiB free, "
             f"{error.strerror}): training goes on without it, slower. Point cache_dir at a larger disk to have it."
         )
         return None
+
+
+def _place(
+    mode: CacheMode, directory: str | None, need: int, device: torch.device, processes: int
+) -> torch.device | Path | None:
+    """Choose a device or a directory for ``need`` bytes."""
+    if mode == "off":
+        return None
+    if mode != "disk":
+        if device.type == "cuda" and need <= MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+            return device
+        if mode == "memory" or need <= MEMORY_SHARE * psutil.virtual_memory().available / processes:
+            return torch.device("cpu")
+    return Path(directory or tempfile.gettempdir())
+
+
+def _kind(place: torch.device | Path) -> str:
+    """Name what a place is made of."""
+    return "disk" if isinstance(place, Path) else "memory" if place.type == "cpu" else f"{place.type} memory"
 
 
 def _mapped(directory: Path, count: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
@@ -15,12 +17,14 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from .errors import STPMError
@@ -45,6 +49,23 @@ class Chosen(NamedTuple):
     student: dict[str, Tensor]
 
 
+class LostProcess(Callback):
+    """Says in a sentence why a run on several processes ended, when another one of them was killed."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Log one line: an error of the connection names no process and no remedy."""
+        del pl_module
+        if trainer.world_size > 1 and isinstance(exception, RuntimeError):
+            logging.getLogger(__name__).error(
+                "STPM: process %d of %d lost the others in epoch %d: one was killed or failed, see its own message; "
+                "for want of memory, lower batch_size or say cache=disk. The last checkpoint is whole: resume from it "
+                "with --ckpt_path.",
+                trainer.global_rank,
+                trainer.world_size,
+                trainer.current_epoch,
+            )
+
+
 class STPM(AnomalibModule):
     """Student-Teacher Feature Pyramid Matching (Wang et al., BMVC 2021, arXiv 2103.04257).
 
@@ -66,8 +87,9 @@ class STPM(AnomalibModule):
         epochs: Passes over the training images where the trainer's ``max_epochs`` is not set.
         batch_size: Training images in a step; nothing for the datamodule's ``train_batch_size``.
         holdout: Share of the normal training images to hold out, in [0, 1); 0 takes the last epoch's weights.
-        cache: Where images and teacher features are kept between epochs: ``memory``, ``disk``, ``off``, or ``auto``:
-            memory while they take at most half of what is free, then disk.
+        cache: Where images and teacher features are kept between epochs: ``memory`` (the GPU's while they take at most
+            half of what is free there), ``disk``, ``off``, or ``auto``: memory while they take at most half of what is
+            free, then disk.
         cache_dir: Directory of the cache's file; nothing for the system's temporary directory.
         precision: ``auto`` computes the networks in bfloat16 while training where the hardware has it natively;
             ``trainer`` leaves it to ``trainer.precision``, which also wins when it is not 32 bits.
@@ -154,6 +176,10 @@ class STPM(AnomalibModule):
         """Anomalib's thresholds and normalisation."""
         return STPMPostProcessor()
 
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """anomalib's, and a last word where a process of several is lost."""
+        return [*super().configure_callbacks(), LostProcess()]
+
     def configure_optimizers(self) -> Any:
         """SGD on the student, at a constant rate or along one cycle over the whole run."""
         optimizer = torch.optim.SGD(
@@ -218,15 +244,25 @@ class STPM(AnomalibModule):
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
         return loss
 
+    def on_train_start(self) -> None:
+        """Start the clock of the time left."""
+        self._started = (time.monotonic(), self.current_epoch)
+
     def on_train_epoch_end(self) -> None:
         """Score the held-out images and choose the weights anew."""
+        self._share_statistics()
         score = float("nan")
         if self.holdout:
-            score = self._score_holdout()[0]
+            score = self._score_holdout()
             self.log("holdout_score", score, prog_bar=True)
         if not self.holdout or self._chosen is None or score < self._chosen.score:
             student = {name: tensor.clone() for name, tensor in self.model.student.state_dict().items()}
             self._chosen = Chosen(self.current_epoch, score, student)
+        if self.trainer.max_epochs > 0:
+            started, first = self._started
+            each = (time.monotonic() - started) / (self.current_epoch + 1 - first)
+            left = each * (self.trainer.max_epochs - self.current_epoch - 1)
+            self.log("minutes_left", left / 60, prog_bar=True, logger=False)
 
     def on_validation_start(self) -> None:
         """Validate the chosen weights, never the last epoch's."""
@@ -246,7 +282,7 @@ class STPM(AnomalibModule):
         if self.holdout:
             rank_zero_info(f"STPM: chose epoch {self._chosen.epoch}, held-out score {self._chosen.score:.4g}.")
         if getattr(self.post_processor, "normal_quantile", None) is not None:
-            self.post_processor.calibrate(self._score_holdout()[1])
+            self.post_processor.calibrate(self._holdout_image_scores())
         self._validate()
         self._use_chosen()
         for callback in self.trainer.checkpoint_callbacks:
@@ -357,14 +393,33 @@ class STPM(AnomalibModule):
         for batch in progress:
             teacher = self.model.teach(self._prepare(batch.image))
             if cache is None:
-                cache = open_cache(mode, self.cache_dir, len(places), batch.image[0], [level[0] for level in teacher])
+                step = batch_size * self._activations(batch.image[:1])
+                example = batch.image[0], [level[0] for level in teacher]
+                cache = open_cache(mode, self.cache_dir, len(places), *example, step, self.trainer.num_devices)
             if cache is None:
                 return None
             cache.put(start, batch.image, teacher)
             start += len(batch.image)
         return cache
 
-    def _holdout_batches(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    def _activations(self, images: Tensor) -> int:
+        """Return the bytes that a forward pass of the student on images (B, 3, H, W) keeps for its backward pass."""
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        self.model.student.eval()  # so that no statistic moves
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            with self._autocast():
+                student = self.model.student(self._prepare(images))
+            loss = matching_loss(student, student)
+        self.model.student.train()
+        del loss
+        return sum(kept.values())
+
+    def _holdout_images(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Yield pre-processed held-out images (B, 3, H, W) and the teacher's unit vectors, for each level."""
         batch_size = self.batch_size or self._loader.batch_size
         if self._kept is None:
@@ -378,25 +433,44 @@ class STPM(AnomalibModule):
                 yield self._prepare(images), [level.to(self.device) for level in teacher]
 
     @torch.no_grad()
-    def _score_holdout(self) -> tuple[float, Tensor]:
-        """Score the held-out normal images with the student as it is.
+    def _holdout_pyramids(self) -> Iterator[tuple[list[Tensor], list[Tensor], tuple[int, int]]]:
+        """Yield both pyramids, (B, C_l, H_l, W_l) for each level, of this process's held-out images, and their size."""
+        self.model.eval()
+        for images, teacher in self._holdout_images():
+            with self._autocast():
+                student = self.model.student(images)
+            yield teacher, student, tuple(images.shape[-2:])
+        self.model.train()
+
+    def _score_holdout(self) -> float:
+        """Score the held-out normal images of all processes with the student as it is.
 
         Returns:
             The mean over images and positions of the levels' product, as the authors take it, brought back to the
-            scale of one distance, in [0, 2]; and the image scores (N,) of all processes.
+            scale of one distance, in [0, 2].
         """
-        self.model.eval()
-        sums, scores, levels = torch.zeros(2, device=self.device), [], len(self.model.teacher.layers)
-        for images, teacher in self._holdout_batches():
-            with self._autocast():
-                student = self.model.student(images)
-            maps = anomaly_map(teacher, student, tuple(images.shape[-2:]))
-            sums += torch.stack([maps.pow(levels).mean((1, 2, 3)).sum(), maps.new_tensor(len(maps))])
-            scores.append(self.model.score(teacher, student, tuple(images.shape[-2:])).pred_score)
-        self.model.train()
+        sums, levels = torch.zeros(2, device=self.device), len(self.model.teacher.layers)
+        for pyramids in self._holdout_pyramids():
+            products = anomaly_map(*pyramids).pow(levels)
+            sums += torch.stack([products.mean((1, 2, 3)).sum(), products.new_tensor(len(products))])
         total, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        scores = self.all_gather(torch.cat(scores)).flatten() if scores else torch.empty(0)
-        return float((total / count).pow(1 / levels)), scores
+        return float((total / count).pow(1 / levels))
+
+    def _holdout_image_scores(self) -> Tensor:
+        """Return the image scores (N,) of the held-out normal images of all processes."""
+        scores = [self.model.score(*pyramids).pred_score for pyramids in self._holdout_pyramids()]
+        own = torch.cat(scores) if scores else torch.empty(0, device=self.device)
+        most = -(-self._split.held // self.trainer.world_size)  # processes hold out one image more or less
+        padded = F.pad(own, (0, most - len(own)), value=torch.nan)
+        gathered = self.all_gather(padded).flatten()
+        return gathered[~gathered.isnan()]
+
+    def _share_statistics(self) -> None:
+        """Give all processes the mean of their BatchNorm statistics, so that there is one student."""
+        if self.trainer.world_size > 1:
+            for statistic in self.model.student.buffers():
+                if statistic.is_floating_point():
+                    statistic.copy_(self.trainer.strategy.reduce(statistic.clone(), reduce_op="mean"))
 
     def _validate(self) -> None:
         """Run anomalib's validation epoch, which sets thresholds and normalisation."""

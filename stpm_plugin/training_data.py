@@ -34,6 +34,7 @@ class Split(NamedTuple):
 
     train: list[int]
     holdout: list[int]
+    held: int  # held-out images of all processes
 
 
 def split(count: int, share: float, seed: int, rank: int = 0, world: int = 1) -> Split:
@@ -59,7 +60,7 @@ def split(count: int, share: float, seed: int, rank: int = 0, world: int = 1) ->
         )
         raise STPMError(msg)
     even = len(train) - len(train) % world
-    return Split(sorted(train[rank:even:world]), sorted(holdout[rank::world]))
+    return Split(sorted(train[rank:even:world]), sorted(holdout[rank::world]), held)
 
 
 def augments(dataset: Any, transform: v2.Transform | None) -> bool:

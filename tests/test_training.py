@@ -1,5 +1,7 @@
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torchvision.transforms import v2
 
 from stpm_plugin import STPM, DemoData
 from stpm_plugin.errors import STPMError
+from stpm_plugin.feature_cache import _place
 from stpm_plugin.lightning_model import CHECKPOINT_KEY
 from stpm_plugin.thresholds import STPMPostProcessor
 from stpm_plugin.training_data import augments, split
@@ -27,6 +30,7 @@ def test_split_is_seeded_and_complete():
 
 def test_ranks_share_the_images_evenly():
     parts = [split(21, 0.2, 0, rank, 2) for rank in range(2)]
+    assert parts[0].held == parts[1].held == len(parts[0].holdout) + len(parts[1].holdout)
     assert len(parts[0].train) == len(parts[1].train) == 8
     assert not {*parts[0].train} & {*parts[1].train}
     assert not {*parts[0].holdout} & {*parts[1].holdout}
@@ -55,6 +59,33 @@ def test_disk_cache_equals_memory_cache(trained, demo, tmp_path):
     _, other = fit(demo, tmp_path, 3, cache="disk", cache_dir=str(tmp_path / "cache"))
     assert torch.equal(student(other), student(trained[0]))
     assert not list(tmp_path.glob("cache/*"))
+
+
+def test_data_larger_than_the_memory_share_go_to_disk(trained, demo, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
+    with caplog.at_level("INFO"):
+        _, other = fit(demo, tmp_path, 3, cache_dir=str(tmp_path / "cache"))
+    assert f"keeping 10 images and their teacher features in a file in {tmp_path / 'cache'}" in caplog.text
+    assert re.search(
+        r"at its peak the process will take about [1-9]\.\d\d GiB of memory, 0\.00 GiB of disk", caplog.text
+    )
+    assert torch.equal(student(other), student(trained[0]))
+
+
+def test_processes_divide_the_memory_share(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    places = [_place("auto", "folder", need, torch.device("cpu"), 2) for need in (250, 251)]
+    assert places == [torch.device("cpu"), Path("folder")]
+    assert _place("memory", "folder", 10**6, torch.device("cpu"), 2) == torch.device("cpu")
+
+
+def test_features_stay_on_a_gpu_with_room(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1000, 2000))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
+    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert [_place("auto", "folder", need, gpu, 1) for need in (500, 501, 5001)] == [gpu, cpu, Path("folder")]
+    assert [_place("memory", "folder", need, gpu, 1) for need in (500, 5001)] == [gpu, cpu]
+    assert _place("disk", "folder", 1, gpu, 1) == Path("folder")
 
 
 @pytest.mark.parametrize(("kept", "weights", "metrics"), [("float32", 1e-3, 0.01), ("float16", 0.1, 0.02)])
@@ -98,23 +129,13 @@ def test_the_lowest_holdout_score_is_chosen(demo, tmp_path, monkeypatch):
 
     def score(self):
         seen.append(student(self).clone())
-        return next(scores), torch.ones(2)
+        return next(scores)
 
     monkeypatch.setattr(STPM, "_score_holdout", score)
-    monkeypatch.setattr(STPMPostProcessor, "calibrate", lambda *_: None)
-    monkeypatch.setattr(STPM, "on_train_end", _without_second_scoring(STPM.on_train_end, scores))
     _, model = fit(demo, tmp_path, 3)
     assert model._chosen.epoch == 1
     assert torch.equal(student(model), seen[1])
-
-
-def _without_second_scoring(method, scores):
-    def on_train_end(self):
-        self._score_holdout = lambda: (0.0, torch.ones(2))
-        method(self)
-        assert list(scores) == []
-
-    return on_train_end
+    assert list(scores) == []
 
 
 def test_thresholds_without_defects(demo_root, tmp_path):

@@ -1,0 +1,22 @@
+"""Where and with what a figure was measured."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Return the date, the command, the versions and the machine, to be kept beside a figure."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command,
+        "versions": {name: version(name) for name in ("anomalib", "torch", "torchvision", "timm", "lightning")},
+        "machine": " ".join(
+            [platform.machine(), f"{torch.get_num_threads()} threads", torch.backends.cpu.get_cpu_capability()]
+        ),
+    }
