@@ -234,7 +234,8 @@ def test_demo_export_config_finds_what_the_demo_wrote(demo_root):
     )
 
 
-def test_paper_config(tmp_path):
+@pytest.mark.parametrize("config", ["paper.yaml", "stpm.yaml"])
+def test_mvtec_configs(config, tmp_path):
     for part in ("train/good", "test/good", "test/hole", "ground_truth/hole"):
         (tmp_path / "mvtec/bottle" / part).mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -247,7 +248,7 @@ def test_paper_config(tmp_path):
         mask[10:30, 20:50] = 255
         Image.fromarray(mask).save(tmp_path / f"mvtec/bottle/ground_truth/hole/{index}_mask.png")
     output = anomalib(
-        "train", "-c", str(CONFIGS / "paper.yaml"), "--data.init_args.root", "mvtec", "--model.init_args.backbone", "resnet18",
+        "train", "-c", str(CONFIGS / config), "--data.init_args.root", "mvtec", "--model.init_args.backbone", "resnet18",
         "--model.init_args.teacher_weights", "builtin", "--data.init_args.num_workers", "0", *ONE_EPOCH, cwd=tmp_path,
     )  # fmt: skip
     assert "pixel_AUPRO" in output

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from anomalib.data import AnomalibDataset
 from conftest import MODEL, TINY, anomalib, fit
 from lightning.pytorch.callbacks import Callback
 from torchvision.transforms import v2
@@ -12,6 +13,7 @@ from torchvision.transforms import v2
 from stpm_plugin import STPM, DemoData
 from stpm_plugin.errors import STPMError
 from stpm_plugin.feature_cache import _place
+from stpm_plugin.features import FrozenPyramid
 from stpm_plugin.lightning_model import CHECKPOINT_KEY
 from stpm_plugin.thresholds import STPMPostProcessor
 from stpm_plugin.training_data import augments, split
@@ -59,6 +61,45 @@ def test_disk_cache_equals_memory_cache(trained, demo, tmp_path):
     _, other = fit(demo, tmp_path, 3, cache="disk", cache_dir=str(tmp_path / "cache"))
     assert torch.equal(student(other), student(trained[0]))
     assert not list(tmp_path.glob("cache/*"))
+
+
+class _Work:
+    """Counts the images that are read for training and the teacher's forward passes."""
+
+    def __init__(self, monkeypatch):
+        self.read, self.taught = [], 0
+        get, forward = AnomalibDataset.__getitem__, FrozenPyramid.forward
+
+        def getitem(dataset, place):
+            if dataset.split == "train":
+                self.read.append(place)
+            return get(dataset, place)
+
+        def teach(pyramid, images):
+            self.taught += len(images)
+            return forward(pyramid, images)
+
+        monkeypatch.setattr(AnomalibDataset, "__getitem__", getitem)
+        monkeypatch.setattr(FrozenPyramid, "forward", teach)
+
+
+def test_no_image_is_read_twice_and_no_teacher_runs_twice(demo_root, tmp_path, monkeypatch):
+    work = _Work(monkeypatch)
+    fit(DemoData(root=demo_root, val_split_mode="none", **TINY), tmp_path, 4)
+    assert sorted(work.read) == list(range(10))
+    assert work.taught == 10
+
+
+def test_augmented_training_is_made_anew_and_says_so_once(demo_root, tmp_path, monkeypatch, caplog):
+    work = _Work(monkeypatch)
+    flips = v2.RandomHorizontalFlip(0.5)
+    datamodule = DemoData(root=demo_root, val_split_mode="none", train_augmentations=flips, **TINY)
+    with caplog.at_level("INFO"):
+        _, model = fit(datamodule, tmp_path, 3)
+    assert caplog.text.count("training images are augmented") == 1
+    assert "keeping" not in caplog.text
+    assert len(work.read) == work.taught == 3 * 10
+    assert model._chosen.score < 1
 
 
 def test_data_larger_than_the_memory_share_go_to_disk(trained, demo, tmp_path, monkeypatch, caplog):

@@ -1,0 +1,281 @@
+"""Time of training, its growth, and where it goes: STPM by both recipes and with nothing kept, Stfpm, PaDiM.
+
+    python -m benchmarks.training_speed passes  --root DIR --teacher FILE   # seconds a pass, memory: models in turns
+    python -m benchmarks.training_speed recipes --root DIR --teacher FILE   # whole runs of both recipes, three seeds
+    python -m benchmarks.training_speed growth  --root DIR --teacher FILE   # with the number and the size of images
+    python -m benchmarks.training_speed shares                  # of a training step, beside bare convolutions
+    python -m benchmarks.training_speed plot                    # redraw and tabulate what is kept
+
+Each run is the real `anomalib train` in a fresh process; rows are written as they come to
+`results/training_speed.json`, and a run that has one is not repeated. All models get the same weights of torchvision's
+ResNet-18 as their teacher; anomalib's own would download others, which changes no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from benchmarks.environment import environment
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "training_speed.json"
+CONFIGS = HERE.parent / "configs"
+TIMED = {  # passes that are timed; those of a model are alike
+    "STPM, paper": 4,
+    "STPM, fast": 4,
+    "STPM, paper, nothing kept": 1,
+    "anomalib Stfpm": 2,
+    "anomalib PaDiM": 1,
+}
+ROUNDS, SEEDS = 3, (0, 1, 2)
+COUNTS, SIZES, IMAGES_AT_SIZES = (50, 100, 200, 320), (256, 384, 512), 50
+
+
+class Clock(Callback):
+    """Keeps the times of a fit, its peak memory and the test's metrics in a JSON file."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.starts, self.row = Path(path), [], {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start with the fit's preparation: the first pass over the images belongs to it."""
+        del trainer, pl_module
+        if stage == "fit":
+            self.begin = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the start of a pass."""
+        del trainer, pl_module
+        self.starts.append(time.perf_counter())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the end of the last pass, held-out scores or validation included."""
+        del trainer, pl_module
+        ends = [*self.starts[1:], time.perf_counter()]
+        self.row["pass_seconds"] = [round(end - start, 3) for start, end in zip(self.starts, ends, strict=True)]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note the end of the fit, thresholds included, and the test's metrics."""
+        if stage == "fit":
+            self.row["fit_seconds"] = round(time.perf_counter() - self.begin, 2)
+            self.row["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+            self.row["chosen"] = getattr(pl_module, "_chosen", [None])[0]
+        elif stage == "test":
+            self.row["metrics"] = {name: round(float(value), 4) for name, value in trainer.callback_metrics.items()}
+        self.path.write_text(json.dumps(self.row))
+
+
+def main() -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["passes", "recipes", "growth", "shares", "plot"])
+    parser.add_argument("--root", type=Path, help="MVTec AD's folder")
+    parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
+    parser.add_argument("--only", default="", help="run what has this in its name, such as `paper, screw, seed 0`")
+    args = parser.parse_args()
+    if args.part == "shares":
+        from benchmarks.training_step import shares
+
+        save("shares", shares())
+    elif args.part != "plot":
+        with tempfile.TemporaryDirectory() as folder:
+            for key, run in runs(args, Path(folder)):
+                if key not in rows() and args.only in key:
+                    save(key, {**run, **train(run, args.teacher.resolve(), Path(folder))})
+    draw(rows())
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """Return what is kept."""
+    return json.loads(RESULT.read_text()) if RESULT.exists() else {}
+
+
+def save(key: str, row: dict[str, Any]) -> None:
+    """Keep a row."""
+    RESULT.write_text(json.dumps({**rows(), key: row | environment("python -m benchmarks.training_speed")}, indent=1))
+    print(key, json.dumps({name: row.get(name) for name in ("pass_seconds", "fit_seconds", "metrics")}), flush=True)
+
+
+def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the settings of each run of a part, the models in turns."""
+    root = args.root.resolve()
+    if args.part == "passes":
+        for number in range(ROUNDS):
+            for model, epochs in TIMED.items():
+                settings = {"model": model, "root": str(root), "category": "screw", "epochs": epochs, "seed": number}
+                yield f"passes, {model}, round {number}", settings
+    elif args.part == "recipes":
+        for seed in SEEDS:
+            for category in ("screw", "bottle"):
+                for model in ("STPM, fast", "STPM, paper"):
+                    settings = {"model": model, "root": str(root), "category": category, "epochs": None, "seed": seed}
+                    yield f"recipes, {model}, {category}, seed {seed}", settings
+    else:
+        shapes = [(count, 256) for count in COUNTS] + [(IMAGES_AT_SIZES, size) for size in SIZES]
+        for count, size in dict.fromkeys(shapes):
+            subset = few(root / "screw", count, folder / str(count))
+            for model, epochs in TIMED.items():
+                settings = {
+                    "model": model,
+                    "root": str(subset),
+                    "category": "screw",
+                    "epochs": min(epochs, 2),
+                    "seed": 0,
+                }
+                yield f"growth, {model}, {count} images, {size} pixels", settings | {"images": count, "size": size}
+
+
+def few(source: Path, count: int, root: Path) -> Path:
+    """Link ``count`` training images and a small test set, on which a validation costs little; returns the root."""
+    target = root / "screw"
+    for folder in [source / "train/good", *sorted((source / "test").iterdir())]:
+        taken = sorted(folder.glob("*.png"))[: count if folder.parent.name == "train" else 2]
+        for path in taken:
+            mask = source / "ground_truth" / folder.name / f"{path.stem}_mask.png"
+            for file in [path, mask] if folder.parent.name == "test" and mask.exists() else [path]:
+                link = target / file.relative_to(source)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if not link.exists():
+                    link.symlink_to(file)
+    return root
+
+
+def train(run: dict[str, Any], teacher: Path, folder: Path) -> dict[str, Any]:
+    """Run `anomalib train` once; returns what the clock kept."""
+    paper, fast = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("paper", "stpm"))
+    size = run.get("size", 256)
+    if run["model"].startswith("STPM"):
+        model = (fast if "fast" in run["model"] else paper)["model"]
+        model["init_args"] |= {"teacher_weights": str(teacher), "image_size": [size, size], "seed": run["seed"]}
+        if "nothing kept" in run["model"]:
+            model["init_args"]["cache"] = "off"
+    else:
+        model = {"class_path": {"Stfpm": "Stfpm", "PaDiM": "Padim"}[run["model"].split()[1]], "init_args": {}}
+        model["init_args"]["pre_processor"] = resize(size)
+        model["init_args"]["evaluator"] = paper["model"]["init_args"]["evaluator"]
+    model["init_args"]["visualizer"] = False
+    clock, output = folder / "clock.json", folder / "run"
+    config = {
+        "model": model,
+        "data": {
+            "class_path": "anomalib.data.MVTecAD",
+            "init_args": {"root": run["root"], "category": run["category"], "num_workers": 2},
+        },
+        "trainer": {
+            "accelerator": "auto",
+            "enable_progress_bar": False,
+            "callbacks": [{"class_path": "benchmarks.training_speed.Clock", "init_args": {"path": str(clock)}}],
+        },
+        "default_root_dir": str(output),
+    }
+    if run["epochs"]:
+        config["trainer"]["max_epochs"] = run["epochs"]
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    clock.unlink(missing_ok=True)
+    log = folder / "log"
+    with log.open("w") as written:
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("anomalib")), "train", "-c", str(file)],
+            stdout=written,
+            stderr=written,
+            env={**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1", **hub(teacher, folder)},
+            check=False,
+        )
+    shutil.rmtree(output, ignore_errors=True)
+    if done.returncode:
+        sys.exit(f"{run} failed:\n{log.read_text()[-3000:]}")
+    return json.loads(clock.read_text())
+
+
+def resize(size: int) -> dict[str, Any]:
+    """Anomalib's pre-processor at another size."""
+    transforms = [
+        {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [size, size]}},
+        {
+            "class_path": "torchvision.transforms.v2.Normalize",
+            "init_args": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+        },
+    ]
+    compose = {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": transforms}}
+    return {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": compose}}
+
+
+def hub(teacher: Path, folder: Path) -> dict[str, str]:
+    """Make a hub client's cache in which anomalib's models find the teacher offline; returns its environment."""
+    import timm
+    from safetensors.torch import load_file, save_file
+
+    snapshot = folder / "home/hub/models--timm--resnet18.a1_in1k/snapshots/0"
+    if not snapshot.exists():
+        snapshot.mkdir(parents=True)
+        save_file({**timm.create_model("resnet18").state_dict(), **load_file(teacher)}, snapshot / "model.safetensors")
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs/main").write_text("0")
+    return {"HF_HOME": str(folder / "home")}
+
+
+def draw(kept: dict[str, dict[str, Any]]) -> None:
+    """Print the tables, and draw the growth with the number and the size of the images."""
+    groups = defaultdict(list)
+    for key, row in kept.items():
+        part, *_ = key.split(", ")
+        if part in ("passes", "recipes"):
+            groups[part, row["model"], row["category"]].append(row)
+    for (part, model, category), found in groups.items():
+        figures = {"n": f"{len(found)}", "a pass, s": spread([mean(row["pass_seconds"]) for row in found])}
+        figures |= {"fit, s": spread([row["fit_seconds"] for row in found], 0)}
+        figures |= {"peak, GiB": spread([row["peak_memory_gib"] for row in found])}
+        for name in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"):
+            figures[name] = spread([row["metrics"][name] for row in found], 4)
+        print(f"{part} | {model} | {category} | " + " | ".join(f"{name} {value}" for name, value in figures.items()))
+    growth = [row for key, row in kept.items() if key.startswith("growth")]
+    if growth:
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        for model, marker in zip(TIMED, "osD^v", strict=True):
+            for axis, name, other, value in [
+                (axes[0], "images", "size", 256),
+                (axes[1], "size", "images", IMAGES_AT_SIZES),
+            ]:
+                points = sorted(
+                    (r[name], mean(r["pass_seconds"])) for r in growth if r["model"] == model and r[other] == value
+                )
+                axis.plot(*zip(*points, strict=True), marker=marker, label=model)
+        axes[0].set(xlabel="training images at 256 x 256", ylabel="seconds a pass", xscale="log", yscale="log")
+        axes[1].set(xlabel=f"image height and width, pixels ({IMAGES_AT_SIZES} images)", xscale="log", yscale="log")
+        axes[0].set_xticks(COUNTS, COUNTS, minor=False)
+        axes[1].set_xticks(SIZES, SIZES, minor=False)
+        for axis in axes:
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[0].legend(fontsize=8)
+        figure.savefig(RESULT.with_suffix(".png"), dpi=110)
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+if __name__ == "__main__":
+    main()
