@@ -42,6 +42,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "batch 2, one-cycle, lr 0.8": {"batch_size": 2, "lr": 0.8},
     "batch 4, one-cycle, lr 1.6": {"lr": 1.6},
     "batch 2, one-cycle, lr 1.6": {"batch_size": 2, "lr": 1.6},
+    "batch 2, one-cycle, lr 3.2": {"batch_size": 2, "lr": 3.2},
+    "batch 1, one-cycle, lr 1.6": {"batch_size": 1, "lr": 1.6},
+    "batch 2, constant, lr 1.6, moving average over 100 steps": {
+        "batch_size": 2,
+        "schedule": "constant",
+        "lr": 1.6,
+        "average": 0.99,
+    },
     "batch 4, constant, lr 0.8, moving average over 100 steps": {"schedule": "constant", "lr": 0.8, "average": 0.99},
 }
 
