@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="MVTec AD's folder")
     parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
     parser.add_argument("--only", default="", help="run what has this in its name, such as `paper, screw, seed 0`")
+    parser.add_argument("--checkpoints", type=Path, help="folder to keep the trained models in")
     args = parser.parse_args()
     if args.part == "shares":
         from benchmarks.training_step import shares
@@ -99,6 +100,10 @@ def main() -> None:
             for key, run in runs(args, Path(folder)):
                 if key not in rows() and args.only in key:
                     save(key, {**run, **train(run, args.teacher.resolve(), Path(folder))})
+                    if args.checkpoints:
+                        args.checkpoints.mkdir(parents=True, exist_ok=True)
+                        checkpoint = next(Path(folder, "run").rglob("model.ckpt"))
+                        checkpoint.replace(args.checkpoints / f"{key.replace(', ', '-').replace(' ', '-')}.ckpt")
     draw(rows())
 
 
@@ -190,6 +195,7 @@ def train(run: dict[str, Any], teacher: Path, folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     clock.unlink(missing_ok=True)
+    shutil.rmtree(output, ignore_errors=True)
     log = folder / "log"
     with log.open("w") as written:
         done = subprocess.run(
@@ -199,7 +205,6 @@ def train(run: dict[str, Any], teacher: Path, folder: Path) -> dict[str, Any]:
             env={**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1", **hub(teacher, folder)},
             check=False,
         )
-    shutil.rmtree(output, ignore_errors=True)
     if done.returncode:
         sys.exit(f"{run} failed:\n{log.read_text()[-3000:]}")
     return json.loads(clock.read_text())
