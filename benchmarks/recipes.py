@@ -132,6 +132,17 @@ def main() -> None:
         rows[key] = fit(arguments, args)
         RESULT.write_text(json.dumps(rows, indent=2) + "\n")
         print(key, rows[key]["holdout_score"], rows[key]["fit_seconds"], flush=True)
+    RESULT.with_suffix(".md").write_text(table(json.loads(RESULT.read_text())))
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Set the rows as a Markdown table, the best of each data set first."""
+    lines = ["| data, passes | recipe | held-out score | fit, s |", "|---|---|---|---|"]
+    for key in sorted(rows, key=lambda key: (key.split(", ")[0], rows[key]["holdout_score"])):
+        category, passes, recipe = key.split(", ", 2)
+        row = rows[key]
+        lines.append(f"| {category}, {passes} | {recipe} | {row['holdout_score']:.4f} | {row['fit_seconds']} |")
+    return "\n".join(lines) + "\n"
 
 
 def fit(arguments: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
