@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .demo_data import DemoData
     from .lightning_model import STPM
+    from .openvino_export import OpenVINOExport
     from .pre_processing import STPMPreProcessor
     from .thresholds import STPMPostProcessor
     from .torch_model import STPMModel
 
 _HOMES = {
     "DemoData": "demo_data",
+    "OpenVINOExport": "openvino_export",
     "STPM": "lightning_model",
     "STPMModel": "torch_model",
     "STPMPostProcessor": "thresholds",
     "STPMPreProcessor": "pre_processing",
 }
-__all__ = ["STPM", "DemoData", "STPMModel", "STPMPostProcessor", "STPMPreProcessor"]
+__all__ = ["STPM", "DemoData", "OpenVINOExport", "STPMModel", "STPMPostProcessor", "STPMPreProcessor"]
 __version__ = "0.1.0"
 
 

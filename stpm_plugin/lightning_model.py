@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataModule, Batch
+from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -26,6 +30,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Resize
 
 from .errors import STPMError
 from .feature_cache import CacheMode, FeatureCache, open_cache
@@ -305,6 +310,61 @@ class STPM(AnomalibModule):
         """Refuse to predict with an untrained model."""
         self._require_teacher()
 
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        **arguments: Any,
+    ) -> Path:
+        """Export as anomalib does, but for INT8, which is quantised for STPM.
+
+        Args:
+            export_root: Folder; the model lies below it, where anomalib puts it.
+            model_file_name: Its name, without ``.xml``.
+            input_size: Height and width of the images, pixels; nothing for any.
+            compression_type: ``INT8_PTQ`` is :func:`stpm_plugin.openvino_export.quantize`'s, the rest anomalib's.
+            datamodule: For INT8: its normal training images calibrate; its validation set, or the held-out images
+                where the post-processor has a ``normal_quantile``, sets the thresholds.
+            **arguments: As in anomalib.
+
+        Returns:
+            Path of the ``.xml`` file.
+
+        Raises:
+            STPMError: INT8 without a datamodule, or ``INT8_ACQ``.
+        """
+        if compression_type == CompressionType.INT8_ACQ:
+            msg = "compression_type INT8_ACQ would also round the score: use INT8_PTQ, which keeps it in float."
+            raise STPMError(msg)
+        plain = functools.partial(super().to_openvino, model_file_name=model_file_name, input_size=input_size)
+        if compression_type != CompressionType.INT8_PTQ:
+            return plain(export_root, compression_type=compression_type, datamodule=datamodule, **arguments)
+        if datamodule is None:
+            msg = "INT8 is calibrated on normal training images: name them with --data (datamodule=...)."
+            raise STPMError(msg)
+        from .openvino_export import export_int8  # OpenVINO and NNCF take seconds to import
+
+        post_processor, self.post_processor = self.post_processor, None
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                raw = plain(folder, **arguments)
+                target = Path(export_root) / raw.relative_to(folder)
+                fixed = input_size or self._network_size
+                export_int8(raw, target, datamodule, self.holdout, self._data_seed, fixed, post_processor)
+        finally:
+            self.post_processor = post_processor
+        return target
+
+    @property
+    def _network_size(self) -> tuple[int, int] | None:
+        """Height and width to which the pre-processor resizes, if it does."""
+        parts = getattr(self._transform, "transforms", [self._transform])
+        sizes = [tuple(part.size) for part in parts if isinstance(part, Resize) and len(part.size or ()) == 2]
+        return sizes[-1] if sizes else None
+
     # Checkpoints hold the chosen weights, ready to use, and beside them what is needed to go on training
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -324,10 +384,15 @@ class STPM(AnomalibModule):
         """Take the teacher from the checkpoint and, where training goes on, the weights under training."""
         super().on_load_checkpoint(checkpoint)
         self._teacher_ready = True
+        metrics = {name: tensor for name, tensor in self.state_dict().items() if name.startswith("evaluator.")}
+        trained = {n: tensor for n, tensor in checkpoint["state_dict"].items() if not n.startswith("evaluator.")}
+        checkpoint["state_dict"] = trained | metrics  # metrics learn nothing, and this model may have others
         state = checkpoint.get(CHECKPOINT_KEY)
-        if state is None or self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+        if state is None:
             return
         self._data_seed = state["data_seed"]
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
         names = state["student"].keys()
         chosen = {name: checkpoint["state_dict"][f"model.student.{name}"].clone() for name in names}
         self._chosen = Chosen(state["epoch"], state["score"], chosen)

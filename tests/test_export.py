@@ -2,8 +2,12 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import PredictDataset
+from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from PIL import Image
+
+from stpm_plugin import STPM, STPMPostProcessor
+from stpm_plugin.errors import STPMError
 
 SIZES = [(64, 64), (101, 77), (200, 131)]
 
@@ -50,3 +54,54 @@ def test_engine_torch_and_onnx_agree_on_odd_sizes(trained, images, tmp_path, mon
             atol=1e-3,
         )
         assert bool(prediction.pred_label) == bool(by_torch.pred_label) == bool(by_onnx["pred_label"].item())
+
+
+def openvino_scores(path, images):
+    import openvino as ov
+
+    compiled = ov.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    made = [compiled(image[None].numpy()) for image in images]
+    return torch.tensor([m["pred_score"].item() for m in made]), [bool(m["pred_label"].item()) for m in made]
+
+
+@pytest.mark.parametrize("quantile", [None, 0.75])
+def test_int8_rounds_the_backbones_alone_and_sets_thresholds_anew(trained, demo, tmp_path, quantile):
+    import openvino as ov
+
+    model, _, checkpoint = trained
+    model = STPM.load_from_checkpoint(checkpoint)
+    if quantile:
+        model.post_processor = STPMPostProcessor(normal_quantile=quantile)
+        model.post_processor.calibrate(torch.full((4,), 1e-3))  # a threshold that is far off
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
+    plain = engine.export(model, "openvino", export_root=tmp_path / "plain")
+    small = engine.export(
+        model, "openvino", export_root=tmp_path / "int8", compression_type="int8_ptq", datamodule=demo
+    )
+    assert small == tmp_path / "int8/weights/openvino/model.xml"
+    network = ov.Core().read_model(small)
+    rounded = {
+        target.get_node().get_type_name()
+        for node in network.get_ordered_ops()
+        if node.get_type_name() == "FakeQuantize"
+        for target in node.output(0).get_target_inputs()
+    }
+    assert rounded <= {"Convolution", "Add", "MaxPool"}
+    assert {name for output in network.outputs for name in output.get_names()} == {
+        name for output in ov.Core().read_model(plain).outputs for name in output.get_names()
+    }
+    images = [item.image for item in demo.test_data]
+    exact, _ = openvino_scores(plain, images)
+    scores, labels = openvino_scores(small, images)
+    if quantile is None:
+        assert torch.corrcoef(torch.stack([exact, scores]))[0, 1] > 0.98
+        torch.testing.assert_close(scores, exact, atol=0.1, rtol=0)
+    else:  # three in four held-out good images pass, where the old threshold let none pass
+        assert 0 < sum(labels) < len(labels)
+
+
+def test_int8_needs_normal_images_and_says_so(trained, tmp_path):
+    with pytest.raises(STPMError, match="name them with --data"):
+        trained[0].to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
+    with pytest.raises(STPMError, match="use INT8_PTQ"):
+        trained[0].to_openvino(tmp_path, compression_type=CompressionType.INT8_ACQ)

@@ -153,6 +153,12 @@ def test_validate_test_predict_and_export_from_a_checkpoint_without_hub(commande
         cwd=tmp_path,
     )
     assert (tmp_path / "out/weights/openvino/model.xml").is_file()
+    anomalib(
+        "export", "--model", "STPM", "--model.backbone", "resnet18", "--export_type", "openvino", *checkpoint,
+        "--compression_type", "INT8_PTQ", *data(demo_root), "--export_root", "small", cwd=tmp_path,
+    )  # fmt: skip
+    sizes = [(tmp_path / f"{folder}/weights/openvino/model.bin").stat().st_size for folder in ("out", "small")]
+    assert sizes[1] < 0.3 * sizes[0]
 
 
 @pytest.mark.parametrize("class_path", ["STPM", "stpm_plugin.STPM"])
@@ -221,17 +227,6 @@ def test_folder_config(defects, demo_root, tmp_path):
         "--model.init_args.teacher_weights", "builtin", "--model.init_args.image_size", "[64,64]", *extra, *ONE_EPOCH, cwd=tmp_path,
     )  # fmt: skip
     assert "image_AUROC" in output
-
-
-def test_demo_export_config_finds_what_the_demo_wrote(demo_root):
-    demo, export = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("demo.yaml", "demo_export.yaml"))
-    from stpm_plugin import DemoData
-
-    category = DemoData(**demo["data"]["init_args"]).category
-    assert (
-        export["ckpt_path"]
-        == f"{demo['default_root_dir']}/STPM/DemoData/{category}/latest/weights/lightning/model.ckpt"
-    )
 
 
 @pytest.mark.parametrize("config", ["paper.yaml", "stpm.yaml"])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from anomalib.data import AnomalibDataset
+from anomalib.metrics import AUPRO, Evaluator
 from conftest import MODEL, TINY, anomalib, fit
 from lightning.pytorch.callbacks import Callback
 from torchvision.transforms import v2
@@ -174,6 +175,13 @@ def test_the_chosen_weights_are_everywhere(demo, tmp_path):
     assert not torch.isnan(loaded.post_processor.image_threshold)
     before, after = engine.test(model, datamodule=demo)[0], engine.test(loaded, datamodule=demo)[0]
     assert before == after
+
+
+def test_a_checkpoint_loads_whatever_was_measured(demo, tmp_path):
+    metrics = [AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_")]
+    engine, model = fit(demo, tmp_path, 1, evaluator=Evaluator(test_metrics=metrics))
+    loaded = STPM.load_from_checkpoint(engine.best_model_path)
+    assert torch.equal(student(loaded), student(model))
 
 
 def test_the_lowest_holdout_score_is_chosen(demo, tmp_path, monkeypatch):
@@ -349,3 +357,4 @@ def test_trained_demo_beats_chance_through_the_command(tmp_path):
     last = dict(zip(metrics[0].split(","), metrics[-1].split(","), strict=True))
     assert float(last["pixel_AUROC"]) > 0.8, json.dumps(last)
     assert list(tmp_path.glob("results/STPM/DemoData/*/latest/images/**/*.png"))
+    assert list(tmp_path.glob("results/STPM/DemoData/*/latest/weights/openvino/model.xml"))

@@ -1,0 +1,222 @@
+"""INT8 for OpenVINO that keeps the accuracy of a student and a teacher who differ by hundredths.
+
+Plain post-training quantisation also rounds the distance head, where a hundredth decides, and calibrates on
+validation images, which for MVTec AD are the test images. Here the two backbones alone are quantised, on normal
+training images; the head reads what the last convolutions give before it is rounded; and thresholds are set anew from
+the scores that the rounded networks give.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import torch
+from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
+from anomalib.deploy import CompressionType
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+from torchvision.tv_tensors import Mask
+
+from .thresholds import STPMPostProcessor
+from .training_data import check_normal, read, split
+
+CALIBRATION_IMAGES = 300  # NNCF's own default
+CONVOLUTIONS = {"Convolution", "GroupConvolution"}
+
+
+class OpenVINOExport(Callback):
+    """Ends a training with an OpenVINO model of the chosen weights, below the run's folder in ``weights/openvino``.
+
+    Args:
+        compression_type: ``FP16``, ``INT8_PTQ`` or another of anomalib's; nothing for float32.
+        input_size: Height and width of the images, pixels; nothing for any.
+        export_root: Another folder than the run's.
+    """
+
+    def __init__(
+        self,
+        compression_type: CompressionType | None = None,
+        input_size: tuple[int, int] | None = None,
+        export_root: str | None = None,
+    ) -> None:
+        self.compression_type, self.input_size, self.export_root = compression_type, input_size, export_root
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export as `anomalib export` does."""
+        if trainer.is_global_zero:
+            root = self.export_root or trainer.default_root_dir
+            options = {"input_size": self.input_size, "compression_type": self.compression_type}
+            path = pl_module.to_openvino(root, **options, datamodule=trainer.datamodule)
+            rank_zero_info(f"STPM: the OpenVINO model is {path}.")
+
+
+def export_int8(
+    source: Path,
+    target: Path,
+    datamodule: AnomalibDataModule,
+    holdout: float,
+    seed: int,
+    size: tuple[int, int] | None,
+    post_processor: PostProcessor | None,
+) -> None:
+    """Quantise an exported model and set its thresholds anew.
+
+    Args:
+        source: OpenVINO file of the model without its post-processor.
+        target: Where the quantised model goes, post-processor included.
+        datamodule: Where normal training images and the validation set come from.
+        holdout: Share of the training images that training held out.
+        seed: Seed of that hold-out.
+        size: Height and width to which images are resized first, pixels; nothing leaves them as they are.
+        post_processor: It stays as it is; nothing for raw scores.
+
+    Raises:
+        STPMError: A training image is anomalous or cannot be read.
+    """
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    loader = type(datamodule).train_dataloader(datamodule)  # the datamodule's own, also while STPM trains
+    check_normal(loader.dataset)
+    parts = split(len(loader.dataset), holdout, seed)
+
+    def fitting(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield batch.update(image=resize(batch.image, list(size), antialias=True) if size else batch.image)
+
+    order = torch.randperm(len(parts.train), generator=torch.Generator().manual_seed(seed)).tolist()
+    calibration = [parts.train[place] for place in order[:CALIBRATION_IMAGES]]
+    model = quantize(ov.Core().read_model(source), [b.image.numpy() for b in fitting(read(loader, calibration, 1))])
+    if post_processor is not None:
+        post_processor = copy.deepcopy(post_processor)
+        if getattr(post_processor, "normal_quantile", None) is not None:
+            set_thresholds(post_processor, model, fitting(read(loader, parts.holdout, 1)))
+        elif hasattr(datamodule, "val_data"):
+            set_thresholds(post_processor, model, fitting(datamodule.val_dataloader()))
+        else:
+            rank_zero_warn("STPM: without a validation set the INT8 model keeps the thresholds of the float one.")
+        model = post_process(model, post_processor)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    ov.save_model(model, target, compress_to_fp16=False)
+
+
+def quantize(model: ov.Model, images: Sequence[np.ndarray]) -> ov.Model:
+    """Quantise the two backbones of a model to INT8.
+
+    Args:
+        model: From images (B, 3, H, W) in [0, 1] to image scores and anomaly maps, without normalisation.
+        images: Normal training images (1, 3, H, W), float32 in [0, 1].
+
+    Returns:
+        A new model with the same inputs and outputs.
+    """
+    import nncf
+
+    quantized = nncf.quantize(
+        model,
+        nncf.Dataset(images),
+        subset_size=len(images),
+        preset=nncf.QuantizationPreset.MIXED,  # activations before a ReLU have two signs
+        fast_bias_correction=False,  # layer by layer, on what the rounded layers before it give
+        ignored_scope=nncf.IgnoredScope(names=outside_the_backbones(model)),
+    )
+    _spare_the_head(quantized)
+    return quantized
+
+
+def outside_the_backbones(model: ov.Model) -> list[str]:
+    """Name the operations before the first and after the last convolutions: the pre-processing and the head."""
+    before, after = _beside_convolutions(model)
+    return [node.get_friendly_name() for node in model.get_ordered_ops() if node.get_friendly_name() in before | after]
+
+
+def _beside_convolutions(model: ov.Model) -> tuple[set[str], set[str]]:
+    """Names of the operations that no convolution feeds, and of those that feed none but are fed by one."""
+    operations = model.get_ordered_ops()
+    fed: set[str] = set()
+    for node in operations:
+        sources = [value.get_node() for value in node.input_values()]
+        if any(s.get_type_name() in CONVOLUTIONS or s.get_friendly_name() in fed for s in sources):
+            fed.add(node.get_friendly_name())
+    feeding: set[str] = set()
+    for node in reversed(operations):
+        targets = [target.get_node() for output in node.outputs() for target in output.get_target_inputs()]
+        if any(t.get_type_name() in CONVOLUTIONS or t.get_friendly_name() in feeding for t in targets):
+            feeding.add(node.get_friendly_name())
+    names = {node.get_friendly_name() for node in operations if node.get_type_name() not in CONVOLUTIONS}
+    return (names & feeding) - fed, (names & fed) - feeding
+
+
+def _spare_the_head(model: ov.Model) -> None:
+    """Let the head read features as they are, not as they are rounded for the next convolution."""
+    _, head = _beside_convolutions(model)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "FakeQuantize" and node.get_friendly_name() not in head:
+            for target in node.output(0).get_target_inputs():
+                if target.get_node().get_friendly_name() in head:
+                    target.replace_source_output(node.input_value(0))
+
+
+class Scores(nn.Module):
+    """A post-processor as a network from raw scores (B,) and maps (B, 1, H, W) to what is given out."""
+
+    def __init__(self, post_processor: PostProcessor) -> None:
+        super().__init__()
+        self.post_processor = post_processor
+
+    def forward(self, pred_score: Tensor, anomaly_map: Tensor) -> dict[str, Tensor]:
+        """Normalise and threshold."""
+        made = self.post_processor(InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map))
+        return {name: value for name, value in made._asdict().items() if value is not None}
+
+
+def post_process(model: ov.Model, post_processor: PostProcessor) -> ov.Model:
+    """Append normalisation and thresholds to a model of raw scores and maps."""
+    example = (torch.rand(2), torch.rand(2, 1, 8, 8))
+    names = [*Scores(post_processor)(*example)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # thresholds are meant to become constants
+        tail = ov.convert_model(Scores(post_processor).eval(), example_input=example)
+    for parameter, name in zip(tail.get_parameters(), ("pred_score", "anomaly_map"), strict=True):
+        raw = model.output(name).get_node().input_value(0)
+        for target in parameter.output(0).get_target_inputs():
+            target.replace_source_output(raw)
+    for result, name in zip(tail.get_results(), names, strict=True):
+        result.input_value(0).set_names({name})
+    whole = ov.Model(tail.get_results(), model.get_parameters(), model.get_friendly_name())
+    whole.validate_nodes_and_infer_types()
+    return whole
+
+
+def set_thresholds(post_processor: PostProcessor, model: ov.Model, batches: Iterable[Batch]) -> None:
+    """Set a post-processor's thresholds and normalisation anew, from what a model gives.
+
+    Args:
+        post_processor: It is changed.
+        model: From images to raw scores and maps.
+        batches: Held-out normal images, if the post-processor has a ``normal_quantile``; else the validation set:
+            images (B, 3, H, W) in [0, 1], labels, and masks where there are any.
+    """
+    compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    scores = []
+    for batch in batches:
+        made = compiled(batch.image.numpy())
+        score, anomaly_map = (torch.from_numpy(made[name].copy()) for name in ("pred_score", "anomaly_map"))
+        scores.append(score.reshape(-1))
+        if batch.gt_mask is not None:
+            size = list(anomaly_map.shape[-2:])
+            batch.update(gt_mask=resize(Mask(batch.gt_mask), size, InterpolationMode.NEAREST))
+        batch.update(pred_score=scores[-1], anomaly_map=anomaly_map)
+        post_processor.on_validation_batch_end(None, None, batch)
+    post_processor.on_validation_epoch_end(None, None)
+    if isinstance(post_processor, STPMPostProcessor):
+        post_processor.calibrate(torch.cat(scores))

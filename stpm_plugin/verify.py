@@ -1,0 +1,86 @@
+"""Compare an exported model with the checkpoint that it came from, on your own images.
+
+    python -m stpm_plugin.verify model.ckpt model.xml FOLDER
+
+The exit code is 0 if scores, labels and, where folders named `good` tell them, AUROC agree within the limits, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torchmetrics.functional.classification import binary_auroc
+
+from .errors import STPMError
+from .score import Scorer, find_images, read_images
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0 if the two agree, else 1."""
+    parser = argparse.ArgumentParser("python -m stpm_plugin.verify", description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoint", help=".ckpt file of a trained STPM")
+    parser.add_argument("model", help=".xml or .onnx file that was exported from it")
+    parser.add_argument("images", nargs="+", help="folders, files or patterns; folders named `good` are normal")
+    parser.add_argument("--device", default="CPU", help="OpenVINO's device (default %(default)s)")
+    parser.add_argument("--precision", default="f32", choices=["f32", "bf16", "f16"], help="(default %(default)s)")
+    parser.add_argument(
+        "--scores", type=float, default=0.01, help="largest difference of a score; 0.1 suits INT8 (default %(default)s)"
+    )
+    parser.add_argument("--labels", type=float, default=0.99, help="least share of equal labels (default %(default)s)")
+    parser.add_argument("--auroc", type=float, default=0.005, help="largest loss of AUROC (default %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        return compare(options)
+    except (STPMError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Score each image with both, and print how far they differ."""
+    from .lightning_model import STPM
+
+    if not Path(options.checkpoint).is_file():
+        msg = f"the checkpoint {options.checkpoint} does not exist."
+        raise STPMError(msg)
+    eager = STPM.load_from_checkpoint(options.checkpoint, map_location="cpu").eval()
+    scorer = Scorer(options.model, options.device, "latency", precision=options.precision)
+    paths, broken = find_images(options.images), []
+    before, after, labels_before, labels_after, defects = [], [], [], [], []
+    read = read_images(track(paths, "scoring with both"), broken.append)
+    for scored in scorer.score(read, maps=True):
+        image = torch.from_numpy(scored.image[:, :, ::-1].copy()).permute(2, 0, 1).unsqueeze(0) / 255
+        with torch.inference_mode():
+            made = eager(image)
+        before.append(float(made.pred_score))
+        after.append(scored.score)
+        labels_before.append(None if made.pred_label is None else bool(made.pred_label))
+        labels_after.append({"normal": False, "anomalous": True}.get(scored.label))
+        defects.append(Path(scored.path).parent.name != "good")
+    if not before:
+        msg = f"none of the images can be read, the first of them {paths[0]}."
+        raise STPMError(msg)
+    differences = [abs(a - b) for a, b in zip(after, before, strict=True)]
+    equal = sum(a == b for a, b in zip(labels_after, labels_before, strict=True)) / len(before)
+    print(
+        f"{len(before)} images; scores differ by {sum(differences) / len(differences):.2g}, at most {max(differences):.2g}"
+    )
+    print(f"equal labels: {equal:.1%}")
+    agree = max(differences) <= options.scores and equal >= options.labels
+    if len(set(defects)) == 2:
+        old, new = (float(binary_auroc(torch.tensor(s), torch.tensor(defects).long())) for s in (before, after))
+        print(f"image AUROC: {old:.4f} before, {new:.4f} after")
+        agree = agree and new >= old - options.auroc
+    for path in broken:
+        print(f"{path} cannot be read as an image.", file=sys.stderr)
+    print("the two agree" if agree else "the two do NOT agree within the limits")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
