@@ -67,9 +67,8 @@ def compare(options: argparse.Namespace) -> int:
         raise STPMError(msg)
     differences = [abs(a - b) for a, b in zip(after, before, strict=True)]
     equal = sum(a == b for a, b in zip(labels_after, labels_before, strict=True)) / len(before)
-    print(
-        f"{len(before)} images; scores differ by {sum(differences) / len(differences):.2g}, at most {max(differences):.2g}"
-    )
+    mean = sum(differences) / len(differences)
+    print(f"{len(before)} images; scores differ by {mean:.2g} on average, {max(differences):.2g} at most")
     print(f"equal labels: {equal:.1%}")
     agree = max(differences) <= options.scores and equal >= options.labels
     if len(set(defects)) == 2:
