@@ -2,8 +2,7 @@
 
 Plain post-training quantisation also rounds the distance head, where a hundredth decides, and calibrates on
 validation images, which for MVTec AD are the test images. Here the two backbones alone are quantised, on normal
-training images; the head reads what the last convolutions give before it is rounded; and thresholds are set anew from
-the scores that the rounded networks give.
+training images, and thresholds are set anew from the scores that the rounded networks give.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ def quantize(model: ov.Model, images: Sequence[np.ndarray]) -> ov.Model:
     """
     import nncf
 
-    quantized = nncf.quantize(
+    return nncf.quantize(
         model,
         nncf.Dataset(images),
         subset_size=len(images),
@@ -129,8 +128,6 @@ def quantize(model: ov.Model, images: Sequence[np.ndarray]) -> ov.Model:
         fast_bias_correction=False,  # layer by layer, on what the rounded layers before it give
         ignored_scope=nncf.IgnoredScope(names=outside_the_backbones(model)),
     )
-    _spare_the_head(quantized)
-    return quantized
 
 
 def outside_the_backbones(model: ov.Model) -> list[str]:
@@ -156,16 +153,6 @@ def _beside_convolutions(model: ov.Model) -> tuple[set[str], set[str]]:
     return (names & feeding) - fed, (names & fed) - feeding
 
 
-def _spare_the_head(model: ov.Model) -> None:
-    """Let the head read features as they are, not as they are rounded for the next convolution."""
-    _, head = _beside_convolutions(model)
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "FakeQuantize" and node.get_friendly_name() not in head:
-            for target in node.output(0).get_target_inputs():
-                if target.get_node().get_friendly_name() in head:
-                    target.replace_source_output(node.input_value(0))
-
-
 class Scores(nn.Module):
     """A post-processor as a network from raw scores (B,) and maps (B, 1, H, W) to what is given out."""
 
@@ -188,12 +175,12 @@ def post_process(model: ov.Model, post_processor: PostProcessor) -> ov.Model:
         tail = ov.convert_model(Scores(post_processor).eval(), example_input=example)
     for parameter, name in zip(tail.get_parameters(), ("pred_score", "anomaly_map"), strict=True):
         raw = model.output(name).get_node().input_value(0)
+        raw.set_names({f"raw_{name}"})  # a name is that of one tensor
         for target in parameter.output(0).get_target_inputs():
             target.replace_source_output(raw)
-    for result, name in zip(tail.get_results(), names, strict=True):
-        result.input_value(0).set_names({name})
     whole = ov.Model(tail.get_results(), model.get_parameters(), model.get_friendly_name())
-    whole.validate_nodes_and_infer_types()
+    for output, name in zip(whole.outputs, names, strict=True):
+        output.get_tensor().set_names({name})
     return whole
 
 

@@ -90,8 +90,9 @@ def resize_weights(length: int, wanted: int, like: Tensor) -> Tensor:
     Returns:
         Weights (wanted, length); each row sums to 1.
     """
-    positions = torch.arange(length, dtype=like.dtype, device=like.device) + 0.5
-    scale = positions.new_ones(()) * length / wanted
-    centers = (torch.arange(wanted, dtype=like.dtype, device=like.device) + 0.5) * scale
-    weights = (1 - (positions - centers.unsqueeze(1)).abs() / scale.clamp(min=1)).clamp(min=0)
+    # In whole numbers, so that a device that computes in bfloat16 still knows one pixel from the next.
+    centers = (2 * torch.arange(wanted, device=like.device) + 1) * length  # in halves of a pixel, times `wanted`
+    pixels = (2 * torch.arange(length, device=like.device) + 1) * wanted
+    reach = 2 * (torch.zeros_like(pixels[0]) + length).clamp(min=wanted)
+    weights = (reach - (pixels - centers.unsqueeze(1)).abs()).clamp(min=0).to(like.dtype)
     return weights / weights.sum(dim=1, keepdim=True)
