@@ -317,6 +317,8 @@ class STPM(AnomalibModule):
         input_size: tuple[int, int] | None = None,
         compression_type: CompressionType | None = None,
         datamodule: AnomalibDataModule | None = None,
+        metric: Any = None,
+        max_drop: float = 0.01,
         **arguments: Any,
     ) -> Path:
         """Export as anomalib does, but for INT8, which is quantised for STPM.
@@ -325,25 +327,31 @@ class STPM(AnomalibModule):
             export_root: Folder; the model lies below it, where anomalib puts it.
             model_file_name: Its name, without ``.xml``.
             input_size: Height and width of the images, pixels; nothing for any.
-            compression_type: ``INT8_PTQ`` is :func:`stpm_plugin.openvino_export.quantize`'s, the rest anomalib's.
+            compression_type: ``INT8_PTQ`` and ``INT8_ACQ`` are :func:`stpm_plugin.openvino_export.quantize`'s, the
+                rest anomalib's.
             datamodule: For INT8: its normal training images calibrate; its validation set, or the held-out images
                 where the post-processor has a ``normal_quantile``, sets the thresholds.
+            metric: Not used: anomalib's would read test labels.
+            max_drop: For ``INT8_ACQ``: how far the correlation of the logarithms of rounded and float anomaly maps, on
+                held-out normal images, may fall below 1.
             **arguments: As in anomalib.
 
         Returns:
             Path of the ``.xml`` file.
 
         Raises:
-            STPMError: INT8 without a datamodule, or ``INT8_ACQ``.
+            STPMError: INT8 without a datamodule, or ``INT8_ACQ`` without held-out images.
         """
-        if compression_type == CompressionType.INT8_ACQ:
-            msg = "compression_type INT8_ACQ would also round the score: use INT8_PTQ, which keeps it in float."
-            raise STPMError(msg)
+        del metric
         plain = functools.partial(super().to_openvino, model_file_name=model_file_name, input_size=input_size)
-        if compression_type != CompressionType.INT8_PTQ:
+        if compression_type not in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ):
             return plain(export_root, compression_type=compression_type, datamodule=datamodule, **arguments)
         if datamodule is None:
             msg = "INT8 is calibrated on normal training images: name them with --data (datamodule=...)."
+            raise STPMError(msg)
+        drop = max_drop if compression_type == CompressionType.INT8_ACQ else None
+        if drop is not None and not self.holdout:
+            msg = "INT8_ACQ is controlled on held-out images and holdout=0 keeps none: use INT8_PTQ."
             raise STPMError(msg)
         from .openvino_export import export_int8  # OpenVINO and NNCF take seconds to import
 
@@ -353,7 +361,7 @@ class STPM(AnomalibModule):
                 raw = plain(folder, **arguments)
                 target = Path(export_root) / raw.relative_to(folder)
                 fixed = input_size or self._network_size
-                export_int8(raw, target, datamodule, self.holdout, self._data_seed, fixed, post_processor)
+                export_int8(raw, target, datamodule, self.holdout, self._data_seed, fixed, post_processor, drop)
         finally:
             self.post_processor = post_processor
         return target

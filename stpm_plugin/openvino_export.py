@@ -31,6 +31,7 @@ from .training_data import check_normal, read, split
 
 CALIBRATION_IMAGES = 300  # NNCF's own default
 CONVOLUTIONS = {"Convolution", "GroupConvolution"}
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors would compute in bfloat16
 
 
 class OpenVINOExport(Callback):
@@ -67,6 +68,7 @@ def export_int8(
     seed: int,
     size: tuple[int, int] | None,
     post_processor: PostProcessor | None,
+    max_drop: float | None = None,
 ) -> None:
     """Quantise an exported model and set its thresholds anew.
 
@@ -78,6 +80,7 @@ def export_int8(
         seed: Seed of that hold-out.
         size: Height and width to which images are resized first, pixels; nothing leaves them as they are.
         post_processor: It stays as it is; nothing for raw scores.
+        max_drop: As in :func:`quantize`.
 
     Raises:
         STPMError: A training image is anomalous or cannot be read.
@@ -94,7 +97,9 @@ def export_int8(
 
     order = torch.randperm(len(parts.train), generator=torch.Generator().manual_seed(seed)).tolist()
     calibration = [parts.train[place] for place in order[:CALIBRATION_IMAGES]]
-    model = quantize(ov.Core().read_model(source), [b.image.numpy() for b in fitting(read(loader, calibration, 1))])
+    places = (calibration, [] if max_drop is None else parts.holdout)
+    images, holdout = ([b.image.numpy() for b in fitting(read(loader, chosen, 1))] for chosen in places)
+    model = quantize(ov.Core().read_model(source), images, holdout, max_drop)
     if post_processor is not None:
         post_processor = copy.deepcopy(post_processor)
         if getattr(post_processor, "normal_quantile", None) is not None:
@@ -108,36 +113,51 @@ def export_int8(
     ov.save_model(model, target, compress_to_fp16=False)
 
 
-def quantize(model: ov.Model, images: Sequence[np.ndarray]) -> ov.Model:
+def quantize(
+    model: ov.Model, images: Sequence[np.ndarray], holdout: Sequence[np.ndarray] = (), max_drop: float | None = None
+) -> ov.Model:
     """Quantise the two backbones of a model to INT8.
 
     Args:
         model: From images (B, 3, H, W) in [0, 1] to image scores and anomaly maps, without normalisation.
         images: Normal training images (1, 3, H, W), float32 in [0, 1].
+        holdout: Other normal images, with which ``max_drop`` is held.
+        max_drop: Operations go back to float, those that harm most first, until the correlation of the logarithms of
+            the rounded and the float model's anomaly maps is at least 1 - ``max_drop``; nothing rounds all.
 
     Returns:
         A new model with the same inputs and outputs.
     """
     import nncf
 
-    return nncf.quantize(
-        model,
-        nncf.Dataset(images),
-        subset_size=len(images),
-        preset=nncf.QuantizationPreset.MIXED,  # activations before a ReLU have two signs
-        fast_bias_correction=False,  # layer by layer, on what the rounded layers before it give
-        ignored_scope=nncf.IgnoredScope(names=outside_the_backbones(model)),
-    )
+    options = {
+        "subset_size": len(images),
+        "preset": nncf.QuantizationPreset.MIXED,  # activations before a ReLU have two signs
+        "fast_bias_correction": False,  # layer by layer, on what the rounded layers before it give
+        "ignored_scope": nncf.IgnoredScope(names=outside_the_backbones(model)),
+    }
+    if max_drop is None:
+        return nncf.quantize(model, nncf.Dataset(images), **options)
+    float_maps = _log_maps(ov.compile_model(model, "CPU", FLOAT32), holdout)
+
+    def agreement(compiled: ov.CompiledModel, batches: Iterable[np.ndarray]) -> tuple[float, None]:
+        return float(np.corrcoef(float_maps, _log_maps(compiled, batches))[0, 1]), None
+
+    data = nncf.Dataset(images), nncf.Dataset(holdout)
+    return nncf.quantize_with_accuracy_control(model, *data, agreement, max_drop=max_drop, **options)
+
+
+def _log_maps(compiled: ov.CompiledModel, images: Iterable[np.ndarray]) -> np.ndarray:
+    """Logarithms of all images' anomaly maps, flat."""
+    maps = [compiled(image)["anomaly_map"].ravel() for image in images]
+    return np.log(np.concatenate(maps) + np.finfo(np.float32).tiny)
 
 
 def outside_the_backbones(model: ov.Model) -> list[str]:
-    """Name the operations before the first and after the last convolutions: the pre-processing and the head."""
-    before, after = _beside_convolutions(model)
-    return [node.get_friendly_name() for node in model.get_ordered_ops() if node.get_friendly_name() in before | after]
+    """Name the operations up to the first convolutions, these included, and those after the last: input and head.
 
-
-def _beside_convolutions(model: ov.Model) -> tuple[set[str], set[str]]:
-    """Names of the operations that no convolution feeds, and of those that feed none but are fed by one."""
+    What a first convolution rounds runs through the whole network, and it is a twelfth of a ResNet-18's work.
+    """
     operations = model.get_ordered_ops()
     fed: set[str] = set()
     for node in operations:
@@ -149,8 +169,9 @@ def _beside_convolutions(model: ov.Model) -> tuple[set[str], set[str]]:
         targets = [target.get_node() for output in node.outputs() for target in output.get_target_inputs()]
         if any(t.get_type_name() in CONVOLUTIONS or t.get_friendly_name() in feeding for t in targets):
             feeding.add(node.get_friendly_name())
-    names = {node.get_friendly_name() for node in operations if node.get_type_name() not in CONVOLUTIONS}
-    return (names & feeding) - fed, (names & fed) - feeding
+    convolutions = {node.get_friendly_name() for node in operations if node.get_type_name() in CONVOLUTIONS}
+    names = [node.get_friendly_name() for node in operations]
+    return [name for name in names if name not in fed or name not in feeding | convolutions]
 
 
 class Scores(nn.Module):
@@ -193,7 +214,7 @@ def set_thresholds(post_processor: PostProcessor, model: ov.Model, batches: Iter
         batches: Held-out normal images, if the post-processor has a ``normal_quantile``; else the validation set:
             images (B, 3, H, W) in [0, 1], labels, and masks where there are any.
     """
-    compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = ov.compile_model(model, "CPU", FLOAT32)
     scores = []
     for batch in batches:
         made = compiled(batch.image.numpy())

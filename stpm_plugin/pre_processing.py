@@ -74,6 +74,9 @@ class AntialiasedResize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Resize images (B, C, H, W) to (B, C, size[0], size[1])."""
+        size = tuple(images.shape[-2:])
+        if all(isinstance(length, int) for length in size) and size == self.size:  # an export's may be symbols
+            return images
         rows = resize_weights(images.shape[-2], self.size[0], images)  # (h, H)
         columns = resize_weights(images.shape[-1], self.size[1], images)  # (w, W)
         return rows @ images @ columns.transpose(0, 1)

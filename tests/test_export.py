@@ -4,6 +4,7 @@ import torch
 from anomalib.data import PredictDataset
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
+from conftest import fit
 from PIL import Image
 
 from stpm_plugin import STPM, STPMPostProcessor
@@ -103,5 +104,20 @@ def test_int8_rounds_the_backbones_alone_and_sets_thresholds_anew(trained, demo,
 def test_int8_needs_normal_images_and_says_so(trained, tmp_path):
     with pytest.raises(STPMError, match="name them with --data"):
         trained[0].to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
+
+
+def test_int8_with_control_goes_back_to_float_until_held_out_maps_agree(demo, tmp_path):
+    import openvino as ov
+
+    _, model = fit(demo, tmp_path, 1, layers=["layer1"], image_size=(32, 32))
+    rounded = []
+    for drop in (1.0, 0.0):
+        path = model.to_openvino(
+            tmp_path / str(drop), compression_type=CompressionType.INT8_ACQ, datamodule=demo, max_drop=drop
+        )
+        rounded.append(sum(n.get_type_name() == "FakeQuantize" for n in ov.Core().read_model(path).get_ordered_ops()))
+    assert rounded[0] >= 8
+    assert rounded[1] <= 2
+    model.holdout = 0
     with pytest.raises(STPMError, match="use INT8_PTQ"):
-        trained[0].to_openvino(tmp_path, compression_type=CompressionType.INT8_ACQ)
+        model.to_openvino(tmp_path, compression_type=CompressionType.INT8_ACQ, datamodule=demo)
