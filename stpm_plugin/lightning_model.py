@@ -342,10 +342,14 @@ class STPM(AnomalibModule):
         Raises:
             STPMError: INT8 without a datamodule, or ``INT8_ACQ`` without held-out images.
         """
+        from .openvino_export import describe, export_int8  # OpenVINO takes seconds to import
+
         del metric
         plain = functools.partial(super().to_openvino, model_file_name=model_file_name, input_size=input_size)
         if compression_type not in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ):
-            return plain(export_root, compression_type=compression_type, datamodule=datamodule, **arguments)
+            target = plain(export_root, compression_type=compression_type, datamodule=datamodule, **arguments)
+            describe(target)
+            return target
         if datamodule is None:
             msg = "INT8 is calibrated on normal training images: name them with --data (datamodule=...)."
             raise STPMError(msg)
@@ -353,8 +357,6 @@ class STPM(AnomalibModule):
         if drop is not None and not self.holdout:
             msg = "INT8_ACQ is controlled on held-out images and holdout=0 keeps none: use INT8_PTQ."
             raise STPMError(msg)
-        from .openvino_export import export_int8  # OpenVINO and NNCF take seconds to import
-
         post_processor, self.post_processor = self.post_processor, None
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -364,6 +366,7 @@ class STPM(AnomalibModule):
                 export_int8(raw, target, datamodule, self.holdout, self._data_seed, fixed, post_processor, drop)
         finally:
             self.post_processor = post_processor
+        describe(target)
         return target
 
     @property

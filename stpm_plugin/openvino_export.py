@@ -34,6 +34,13 @@ CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors would compute in bfloat16
 
 
+MODEL_INFO = {  # what OpenVINO Model API reads
+    "model_type": "AnomalyDetection",
+    "task": "segmentation",
+    "input_dtype": "f32",  # where the graph has a fixed size, Model API would else cut [0, 1] to whole numbers
+}
+
+
 class OpenVINOExport(Callback):
     """Ends a training with an OpenVINO model of the chosen weights, below the run's folder in ``weights/openvino``.
 
@@ -111,6 +118,16 @@ def export_int8(
         model = post_process(model, post_processor)
     target.parent.mkdir(parents=True, exist_ok=True)
     ov.save_model(model, target, compress_to_fp16=False)
+
+
+def describe(path: Path) -> None:
+    """Write into an exported ``.xml`` what OpenVINO Model API reads to know an ``AnomalyDetection``."""
+    core = ov.Core()
+    core.set_property({"ENABLE_MMAP": False})  # the weights' file is written anew
+    model = core.read_model(path)
+    for name, value in MODEL_INFO.items():
+        model.set_rt_info(value, ["model_info", name])
+    ov.save_model(model, path, compress_to_fp16=False)
 
 
 def quantize(

@@ -24,12 +24,13 @@ from typing import IO, NamedTuple
 import cv2
 import numpy as np
 import openvino as ov
-from openvino.preprocess import ColorFormat, PrePostProcessor
+from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
 
 from .errors import STPMError
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 COLUMNS = ("path", "score", "label", "latency_ms")
+Row = tuple[str, float, str, float]
 DECODERS = min(4, os.cpu_count() or 1)  # threads: decoding a megapixel takes as long as scoring it
 AHEAD = 4 * DECODERS  # decoded images that may wait
 
@@ -94,15 +95,20 @@ class Scorer:
         if shape[0].is_static and shape[0].get_length() != batch:
             msg = f"the model {path} takes batches of {shape[0].get_length()}: give --batch {shape[0].get_length()}."
             raise STPMError(msg)
-        fixed = shape[2].is_static and shape[3].is_static
-        self.size = (shape[3].get_length(), shape[2].get_length()) if fixed else None
         self.batch = batch
         self.labels = "pred_label" in names
         pixels = PrePostProcessor(network)
         pixels.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
         pixels.input().tensor().set_color_format(ColorFormat.BGR)
         pixels.input().model().set_layout(ov.Layout("NCHW"))
-        pixels.input().preprocess().convert_element_type(ov.Type.f32).convert_color(ColorFormat.RGB).scale(255.0)
+        steps = (
+            pixels.input().preprocess().convert_element_type(ov.Type.f32).convert_color(ColorFormat.RGB).scale(255.0)
+        )
+        if (
+            shape[2].is_static and shape[3].is_static
+        ):  # as training resizes, so that scores are those of any-size models
+            pixels.input().tensor().set_spatial_dynamic_shape()
+            steps.resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
         try:
             self.compiled = core.compile_model(pixels.build(), device, options)
         except RuntimeError as error:
@@ -150,12 +156,11 @@ class Scorer:
         paths: list[str] = []
         waiting: list[np.ndarray] = []
         for path, image in images:
-            fitting = image if self.size is None else cv2.resize(image, self.size, interpolation=cv2.INTER_AREA)
-            if waiting and (len(waiting) == self.batch or waiting[0].shape != fitting.shape):
+            if waiting and (len(waiting) == self.batch or waiting[0].shape != image.shape):
                 yield paths, np.stack(waiting)
                 paths, waiting = [], []
             paths.append(path)
-            waiting.append(fitting)
+            waiting.append(image)
         if waiting:
             yield paths, np.stack(waiting)
 
@@ -268,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--precision", choices=["f32", "bf16", "f16"], help="to compute in; by default the device's own"
     )
+    parser.add_argument("--ray", metavar="ADDRESS", help="score over a Ray cluster: its address, `auto` or `local`")
     options = parser.parse_args(arguments)
     try:
         return run(options)
@@ -281,27 +287,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Score what is not yet in the CSV."""
-    cv2.setNumThreads(1)  # the cores are the model's and the decoders'
     paths = find_images(options.images)
-    scorer = Scorer(options.model, options.device, options.hint, options.batch, options.precision)
     root = Path(os.path.commonpath([Path(path).absolute().parent for path in paths]))
+    settings = (options.model, options.device, options.hint, options.batch, options.precision)
+    if options.ray:
+        from .cluster import Cluster  # Ray takes a second to import, and few have it
+
+        worker: Cluster | Worker = Cluster(options.ray, settings, options.heatmaps, root)
+    else:
+        worker = Worker(Scorer(*settings), options.heatmaps, root)
     file, have = open_csv(options.csv)
     broken: list[str] = []
     left = [path for path in paths if path not in have]
     with file:
         rows, progress = csv.writer(file), Progress(len(left))
-        for scored in scorer.score(read_images(left, broken.append), options.heatmaps is not None):
-            if scored.anomaly_map is not None:
-                target = options.heatmaps / Path(scored.path).absolute().relative_to(root)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                cv2.imwrite(str(target.with_name(target.name + ".jpg")), overlay(scored.image, scored.anomaly_map))
-            rows.writerow([scored.path, f"{scored.score:.6g}", scored.label, f"{1000 * scored.latency:.2f}"])
+        for row in worker.rows(left, broken.append):
+            rows.writerow([row[0], f"{row[1]:.6g}", row[2], f"{row[3]:.2f}"])
             file.flush()
             progress.step()
     progress.end()
     for path in broken:
         print(f"{path} cannot be read as an image; it has no row.", file=sys.stderr)
     return 2 if broken else 0
+
+
+class Worker:
+    """What one process does: read images, score them, draw their heat maps.
+
+    Args:
+        scorer: The model.
+        heatmaps: Folder of the overlays; nothing for none.
+        root: Folder above all images: an overlay lies below ``heatmaps`` as its image does below this.
+    """
+
+    def __init__(self, scorer: Scorer, heatmaps: Path | None, root: Path) -> None:
+        cv2.setNumThreads(1)  # the cores are the model's and the decoders'
+        self.scorer, self.heatmaps, self.root = scorer, heatmaps, root
+
+    def rows(self, paths: Iterable[str], unreadable: Callable[[str], None]) -> Iterator[Row]:
+        """Yield a row for each image, in order.
+
+        Args:
+            paths: Image files.
+            unreadable: Called with the path of a file that is no image.
+        """
+        for scored in self.scorer.score(read_images(paths, unreadable), self.heatmaps is not None):
+            if scored.anomaly_map is not None:
+                target = self.heatmaps / Path(scored.path).absolute().relative_to(self.root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(target.with_name(target.name + ".jpg")), overlay(scored.image, scored.anomaly_map))
+            yield scored.path, scored.score, scored.label, 1000 * scored.latency
 
 
 class Progress:

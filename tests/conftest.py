@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = {"train_images": 10, "test_images": 2, "num_workers": 0, "train_batch_size": 4}
 MODEL = {"backbone": "resnet18", "teacher_weights": "builtin", "image_size": (64, 64), "lr": 0.1}
+
+NUMBERED = [(64, 64), (64, 64), (101, 77), (64, 64), (200, 131)]  # sizes of the noise images
 
 torch.set_num_threads(2)
 
@@ -49,6 +53,25 @@ def trained(demo_root: Path, tmp_path_factory: pytest.TempPathFactory):
 
     engine, model = fit(DemoData(root=demo_root, **TINY), tmp_path_factory.mktemp("trained"), 3)
     return model, engine, Path(engine.best_model_path)
+
+
+@pytest.fixture(scope="session")
+def exported(trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An OpenVINO file of the trained model."""
+    from stpm_plugin import STPM
+
+    model = STPM.load_from_checkpoint(trained[2])
+    return model.to_openvino(tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(scope="session")
+def numbered_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise of several sizes, numbered so that names and numbers sort apart."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for index, size in enumerate(NUMBERED):
+        Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(folder / f"frame {index + 7}.png")
+    return folder
 
 
 def fit(

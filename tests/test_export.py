@@ -9,6 +9,7 @@ from PIL import Image
 
 from stpm_plugin import STPM, STPMPostProcessor
 from stpm_plugin.errors import STPMError
+from stpm_plugin.score import Scorer
 
 SIZES = [(64, 64), (101, 77), (200, 131)]
 
@@ -55,6 +56,47 @@ def test_engine_torch_and_onnx_agree_on_odd_sizes(trained, images, tmp_path, mon
             atol=1e-3,
         )
         assert bool(prediction.pred_label) == bool(by_torch.pred_label) == bool(by_onnx["pred_label"].item())
+
+
+@pytest.fixture(scope="module")
+def fixed(trained, tmp_path_factory):
+    """An OpenVINO file for images of 64 x 64 alone."""
+    model = STPM.load_from_checkpoint(trained[2])
+    return model.to_openvino(tmp_path_factory.mktemp("fixed"), input_size=(64, 64))
+
+
+def test_openvino_agrees_through_every_door(trained, exported, fixed, numbered_images, tmp_path):
+    import openvino as ov
+    from anomalib.deploy import OpenVINOInferencer
+    from model_api.adapters import OpenvinoAdapter
+    from model_api.models import AnomalyDetection, Model
+
+    checkpoint = trained[2]
+    model = STPM.load_from_checkpoint(checkpoint)
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
+    predictions = engine.predict(model, dataset=PredictDataset(numbered_images), ckpt_path=checkpoint)
+    float32 = {"INFERENCE_PRECISION_HINT": "f32"}
+    inferencer = OpenVINOInferencer(exported, config=float32)
+    compiled = ov.compile_model(exported, "CPU", float32)
+    scorer = Scorer(fixed, hint="latency", precision="f32")
+    for prediction in predictions:
+        rgb = np.asarray(Image.open(prediction.image_path[0]).convert("RGB"))
+        pixels = (rgb / np.float32(255)).transpose(2, 0, 1)
+        three = compiled(np.stack([pixels, pixels[::-1], pixels]))
+        by_model_api = Model.create_model(OpenvinoAdapter(ov.Core(), str(exported), plugin_config=float32))
+        assert isinstance(by_model_api, AnomalyDetection)
+        found = by_model_api(rgb)
+        (resized,) = scorer.score([("", rgb[:, :, ::-1].copy())])
+        anomalib = inferencer.predict(prediction.image_path[0])
+        scores = [anomalib.pred_score.item(), *three["pred_score"][[0, 2]], found.pred_score, resized.score]
+        labels = [anomalib.pred_label.item(), *three["pred_label"][[0, 2]], found.pred_label == "True"]
+        np.testing.assert_allclose(scores, prediction.pred_score.item(), rtol=1e-3, atol=1e-4)
+        assert {bool(label) for label in labels} == {bool(prediction.pred_label)}
+        assert resized.label == ["normal", "anomalous"][int(prediction.pred_label)]
+    small = next(p for p in predictions if p.image.shape[-2:] == (64, 64))
+    by_fixed = Model.create_model(OpenvinoAdapter(ov.Core(), str(fixed), plugin_config=float32))
+    found = by_fixed(np.asarray(Image.open(small.image_path[0]).convert("RGB")))
+    assert found.pred_score == pytest.approx(small.pred_score.item(), rel=1e-3, abs=1e-4)
 
 
 def openvino_scores(path, images):

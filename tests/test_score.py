@@ -9,32 +9,10 @@ import numpy as np
 import pytest
 from anomalib.data import PredictDataset
 from anomalib.engine import Engine
-from conftest import run
-from PIL import Image
+from conftest import NUMBERED, run
 
 from stpm_plugin import score
 from stpm_plugin.errors import STPMError
-
-SIZES = [(64, 64), (64, 64), (101, 77), (64, 64), (200, 131)]
-
-
-@pytest.fixture(scope="module")
-def model(trained, tmp_path_factory):
-    """An OpenVINO file of the trained model."""
-    stpm, _, checkpoint = trained
-    folder = tmp_path_factory.mktemp("exported")
-    engine = Engine(default_root_dir=folder, accelerator="cpu", logger=False)
-    return engine.export(stpm, "openvino", export_root=folder, ckpt_path=checkpoint)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Noise of several sizes, numbered so that names and numbers sort apart."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for index, size in enumerate(SIZES):
-        Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(folder / f"frame {index + 7}.png")
-    return folder
 
 
 def rows(path) -> list[dict[str, str]]:
@@ -43,56 +21,56 @@ def rows(path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_scores_equal_the_engines(trained, model, images, tmp_path, batch):
+def test_scores_equal_the_engines(trained, exported, numbered_images, tmp_path, batch):
     table = tmp_path / "scores.csv"
-    command = [str(model), str(images), "--csv", str(table), "--precision", "f32", "--batch", str(batch)]
+    command = [str(exported), str(numbered_images), "--csv", str(table), "--precision", "f32", "--batch", str(batch)]
     assert score.main(command) == 0
     found = {row["path"]: row for row in rows(table)}
-    assert [*found] == [str(images / f"frame {number}.png") for number in (7, 8, 9, 10, 11)]
+    assert [*found] == [str(numbered_images / f"frame {number}.png") for number in (7, 8, 9, 10, 11)]
     stpm, _, checkpoint = trained
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
-    for prediction in engine.predict(stpm, dataset=PredictDataset(images), ckpt_path=checkpoint):
+    for prediction in engine.predict(stpm, dataset=PredictDataset(numbered_images), ckpt_path=checkpoint):
         row = found[prediction.image_path[0]]
         assert float(row["score"]) == pytest.approx(prediction.pred_score.item(), rel=1e-3, abs=1e-4)
         assert row["label"] == ["normal", "anomalous"][int(prediction.pred_label)]
         assert 0 < float(row["latency_ms"]) < 60_000
 
 
-def test_a_half_done_csv_is_gone_on_with(model, images, tmp_path):
+def test_a_half_done_csv_is_gone_on_with(exported, numbered_images, tmp_path):
     whole, half = tmp_path / "whole.csv", tmp_path / "half.csv"
-    assert score.main([str(model), str(images), "--csv", str(whole)]) == 0
+    assert score.main([str(exported), str(numbered_images), "--csv", str(whole)]) == 0
     half.write_bytes(whole.read_bytes()[:-20])  # the last row is cut off
     kept = rows(half)[:4]
-    assert score.main([str(model), str(images), "--csv", str(half)]) == 0
+    assert score.main([str(exported), str(numbered_images), "--csv", str(half)]) == 0
     assert rows(half)[:4] == kept
     assert [row["score"] for row in rows(half)] == [row["score"] for row in rows(whole)]
     before = half.read_bytes()
-    assert score.main([str(model), str(images), "--csv", str(half)]) == 0
+    assert score.main([str(exported), str(numbered_images), "--csv", str(half)]) == 0
     assert half.read_bytes() == before
 
 
-def test_unreadable_files_lose_nothing(model, images, tmp_path, capsys):
+def test_unreadable_files_lose_nothing(exported, numbered_images, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
-    for path in images.iterdir():
+    for path in numbered_images.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "frame 9.png").write_bytes(b"")
-    (folder / "frame 10.png").write_bytes((images / "frame 10.png").read_bytes()[:50])
+    (folder / "frame 10.png").write_bytes((numbered_images / "frame 10.png").read_bytes()[:50])
     table = tmp_path / "scores.csv"
-    assert score.main([str(model), str(folder), "--csv", str(table)]) == 2
+    assert score.main([str(exported), str(folder), "--csv", str(table)]) == 2
     said = capsys.readouterr().err
     for number in (9, 10):
         assert f"{folder / f'frame {number}.png'} cannot be read as an image" in said
     assert [Path(row["path"]).name for row in rows(table)] == [f"frame {number}.png" for number in (7, 8, 11)]
 
 
-def test_heatmaps_lie_as_the_images_do(model, images, tmp_path):
+def test_heatmaps_lie_as_the_images_do(exported, numbered_images, tmp_path):
     (tmp_path / "in ü/a").mkdir(parents=True)
     (tmp_path / "in ü/b").mkdir()
     for number, folder in [(7, "a"), (9, "b")]:
-        (tmp_path / f"in ü/{folder}/x.png").write_bytes((images / f"frame {number}.png").read_bytes())
+        (tmp_path / f"in ü/{folder}/x.png").write_bytes((numbered_images / f"frame {number}.png").read_bytes())
     command = [
-        str(model),
+        str(exported),
         str(tmp_path / "in ü/**/*.png"),
         "--csv",
         str(tmp_path / "s.csv"),
@@ -101,7 +79,7 @@ def test_heatmaps_lie_as_the_images_do(model, images, tmp_path):
     ]
     assert score.main(command) == 0
     drawn = [cv2.imread(str(tmp_path / f"out/{folder}/x.png.jpg")).shape[:2] for folder in "ab"]
-    assert drawn == [SIZES[0], SIZES[2]]
+    assert drawn == [NUMBERED[0], NUMBERED[2]]
 
 
 def test_overlay_by_hand():
@@ -131,10 +109,10 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
         (["{model}", "nowhere"], "nowhere leads to no image"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, words, model, images, tmp_path, capsys):
+def test_bad_input_is_one_sentence(arguments, words, exported, numbered_images, tmp_path, capsys):
     broken = tmp_path / "broken.xml"
     broken.write_text("<net>\n")
-    places = {"model": model, "images": images, "broken": broken}
+    places = {"model": exported, "images": numbered_images, "broken": broken}
     assert score.main([argument.format(**places) for argument in arguments]) == 1
     said = capsys.readouterr().err.strip()
     assert words in said
@@ -142,12 +120,12 @@ def test_bad_input_is_one_sentence(arguments, words, model, images, tmp_path, ca
     assert "Traceback" not in said
 
 
-def test_scoring_needs_neither_torch_nor_anomalib(model, images, tmp_path):
+def test_scoring_needs_neither_torch_nor_anomalib(exported, numbered_images, tmp_path):
     absent = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'anomalib', 'lightning', 'timm', 'rich', 'psutil']));"
     )
     code = f"{absent} from stpm_plugin.score import main; sys.exit(main(sys.argv[1:]))"
-    run("-c", code, str(model), str(images), "--csv", str(tmp_path / "scores.csv"))
-    assert len(rows(tmp_path / "scores.csv")) == len(SIZES)
+    run("-c", code, str(exported), str(numbered_images), "--csv", str(tmp_path / "scores.csv"))
+    assert len(rows(tmp_path / "scores.csv")) == len(NUMBERED)
     assert "usage: python -m stpm_plugin.score" in run("-m", "stpm_plugin.score", "--help")
     assert sys.modules["torch"]
