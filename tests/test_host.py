@@ -12,6 +12,8 @@ import yaml
 from conftest import MODEL, TINY, anomalib, run
 from PIL import Image
 
+from stpm_plugin import STPM
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 ONE_EPOCH = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 SMALL = ["--model.backbone", "resnet18", "--model.teacher_weights", "builtin", "--model.image_size", "[64,64]"]
@@ -139,26 +141,32 @@ def test_validate_test_predict_and_export_from_a_checkpoint_without_hub(commande
         cwd=tmp_path,
     )
     assert list(tmp_path.glob("results/STPM/**/*.png"))
+
+
+@pytest.mark.parametrize(
+    ("export_type", "compression"),
+    [
+        ("torch", None),
+        ("onnx", None),
+        ("openvino", None),
+        *[("openvino", c) for c in ("FP16", "INT8", "INT8_PTQ", "INT8_ACQ")],
+    ],
+)
+def test_export_from_a_checkpoint(export_type, compression, commanded, demo_root, tmp_path):
+    compressed = ["--compression_type", compression, *data(demo_root)] if compression else []
+    control = ["--max_drop", "1"] if compression == "INT8_ACQ" else []  # rounds all, else it would take minutes
     anomalib(
-        "export",
-        "--model",
-        "STPM",
-        "--model.backbone",
-        "resnet18",
-        "--export_type",
-        "openvino",
-        *checkpoint,
-        "--export_root",
-        "out",
-        cwd=tmp_path,
-    )
-    assert (tmp_path / "out/weights/openvino/model.xml").is_file()
-    anomalib(
-        "export", "--model", "STPM", "--model.backbone", "resnet18", "--export_type", "openvino", *checkpoint,
-        "--compression_type", "INT8_PTQ", *data(demo_root), "--export_root", "small", cwd=tmp_path,
+        "export", "--model", "STPM", "--model.backbone", "resnet18", "--export_type", export_type, *compressed, *control,
+        "--ckpt_path", str(commanded / "weights/lightning/model.ckpt"), "--export_root", "out", cwd=tmp_path,
     )  # fmt: skip
-    sizes = [(tmp_path / f"{folder}/weights/openvino/model.bin").stat().st_size for folder in ("out", "small")]
-    assert sizes[1] < 0.3 * sizes[0]
+    name = {"torch": "model.pt", "onnx": "model.onnx", "openvino": "model.xml"}[export_type]
+    path = tmp_path / f"out/weights/{export_type}/{name}"
+    assert path.is_file()
+    if export_type == "openvino":
+        floats = 4 * sum(p.numel() for p in STPM(**MODEL).model.parameters())
+        share = path.with_suffix(".bin").stat().st_size / floats
+        assert share < {None: 1.01, "FP16": 0.51}.get(compression, 0.3)
+        assert share > 0.2
 
 
 @pytest.mark.parametrize("class_path", ["STPM", "stpm_plugin.STPM"])
