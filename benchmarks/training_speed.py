@@ -1,14 +1,14 @@
-"""Time of training, its growth, and where it goes: STPM by both recipes and with nothing kept, Stfpm, PaDiM.
+"""Time of training, its growth, and where it goes: STPM, by the paper and with nothing kept, Stfpm, PaDiM.
 
     python -m benchmarks.training_speed passes  --root DIR --teacher FILE   # seconds a pass, memory: models in turns
-    python -m benchmarks.training_speed recipes --root DIR --teacher FILE   # whole runs of both recipes, three seeds
     python -m benchmarks.training_speed growth  --root DIR --teacher FILE   # with the number and the size of images
     python -m benchmarks.training_speed shares                  # of a training step, beside bare convolutions
     python -m benchmarks.training_speed plot                    # redraw and tabulate what is kept
 
 Each run is the real `anomalib train` in a fresh process; rows are written as they come to
 `results/training_speed.json`, and a run that has one is not repeated. All models get the same weights of torchvision's
-ResNet-18 as their teacher; anomalib's own would download others, which changes no time.
+ResNet-18 as their teacher; anomalib's own would download others, which changes no time. Rows that name a batch and a
+number of passes are of recipes that were tried before the present one (`recipes.md`). Whole runs: `accuracy.py`.
 """
 
 from __future__ import annotations
@@ -38,13 +38,18 @@ HERE = Path(__file__).parent
 RESULT = HERE / "results" / "training_speed.json"
 CONFIGS = HERE.parent / "configs"
 TIMED = {  # passes that are timed; those of a model are alike
+    "STPM": 4,
     "STPM, paper": 4,
-    "STPM, fast": 4,
     "STPM, paper, nothing kept": 1,
     "anomalib Stfpm": 1,
     "anomalib PaDiM": 1,
 }
-ROUNDS, SEEDS = 3, (0, 1, 2)
+OTHERS = {  # PatchCore with a tenth of its usual coreset, which would take hours to pick on two cores
+    "anomalib Stfpm": ("Stfpm", {}),
+    "anomalib PaDiM": ("Padim", {"backbone": "resnet18"}),
+    "anomalib PatchCore": ("Patchcore", {"backbone": "resnet18", "coreset_sampling_ratio": 0.01}),
+}
+ROUNDS = 3
 COUNTS, SIZES, IMAGES_AT_SIZES = (50, 100, 200, 320), (256, 384, 512), 50
 
 
@@ -53,6 +58,7 @@ class Clock(Callback):
 
     def __init__(self, path: str) -> None:
         self.path, self.starts, self.row = Path(path), [], {}
+        self.test_seconds, self.images = 0.0, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start with the fit's preparation: the first pass over the images belongs to it."""
@@ -71,6 +77,19 @@ class Clock(Callback):
         ends = [*self.starts[1:], time.perf_counter()]
         self.row["pass_seconds"] = [round(end - start, 3) for start, end in zip(self.starts, ends, strict=True)]
 
+    def on_test_batch_start(self, trainer: Trainer, *batch: Any) -> None:
+        """Start the clock of a test batch; it is stopped before the metrics read it."""
+        del trainer, batch
+        self.test_begin = time.perf_counter()
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *at: int
+    ) -> None:
+        """Stop it."""
+        del trainer, pl_module, outputs, at
+        self.test_seconds += time.perf_counter() - self.test_begin
+        self.images += len(batch.image)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note the end of the fit, thresholds included, and the test's metrics."""
         if stage == "fit":
@@ -78,6 +97,7 @@ class Clock(Callback):
             self.row["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
             self.row["chosen"] = getattr(pl_module, "_chosen", [None])[0]
         elif stage == "test":
+            self.row["milliseconds_an_image"] = round(1000 * self.test_seconds / self.images, 1)
             self.row["metrics"] = {name: round(float(value), 4) for name, value in trainer.callback_metrics.items()}
         self.path.write_text(json.dumps(self.row))
 
@@ -85,11 +105,10 @@ class Clock(Callback):
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["passes", "recipes", "growth", "shares", "plot"])
+    parser.add_argument("part", choices=["passes", "growth", "shares", "plot"])
     parser.add_argument("--root", type=Path, help="MVTec AD's folder")
     parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
-    parser.add_argument("--only", default="", help="run what has this in its name, such as `paper, screw, seed 0`")
-    parser.add_argument("--checkpoints", type=Path, help="folder to keep the trained models in")
+    parser.add_argument("--only", default="", help="run what has this in its name, such as `round 0`")
     args = parser.parse_args()
     if args.part == "shares":
         from benchmarks.training_step import shares
@@ -100,10 +119,6 @@ def main() -> None:
             for key, run in runs(args, Path(folder)):
                 if key not in rows() and args.only in key:
                     save(key, {**run, **train(run, args.teacher.resolve(), Path(folder))})
-                    if args.checkpoints:
-                        args.checkpoints.mkdir(parents=True, exist_ok=True)
-                        checkpoint = next(Path(folder, "run").rglob("model.ckpt"))
-                        checkpoint.replace(args.checkpoints / f"{key.replace(', ', '-').replace(' ', '-')}.ckpt")
     draw(rows())
 
 
@@ -126,12 +141,6 @@ def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str
             for model, epochs in TIMED.items():
                 settings = {"model": model, "root": str(root), "category": "screw", "epochs": epochs, "seed": number}
                 yield f"passes, {model}, round {number}", settings
-    elif args.part == "recipes":
-        for seed in SEEDS:
-            for category in ("screw", "bottle"):
-                for model in ("STPM, fast", "STPM, paper"):
-                    settings = {"model": model, "root": str(root), "category": category, "epochs": None, "seed": seed}
-                    yield f"recipes, {model}, {category}, seed {seed}", settings
     else:
         shapes = [(count, 256) for count in COUNTS] + [(IMAGES_AT_SIZES, size) for size in SIZES]
         for count, size in dict.fromkeys(shapes):
@@ -164,18 +173,22 @@ def few(source: Path, count: int, root: Path) -> Path:
 
 def train(run: dict[str, Any], teacher: Path, folder: Path) -> dict[str, Any]:
     """Run `anomalib train` once; returns what the clock kept."""
-    paper, fast = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("paper", "stpm"))
+    default, paper = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("stpm", "paper"))
     size = run.get("size", 256)
     if run["model"].startswith("STPM"):
-        model = (fast if "fast" in run["model"] else paper)["model"]
+        model = (paper if "paper" in run["model"] else default)["model"]
         model["init_args"] |= {"teacher_weights": str(teacher), "image_size": [size, size], "seed": run["seed"]}
         if "nothing kept" in run["model"]:
             model["init_args"]["cache"] = "off"
     else:
-        model = {"class_path": {"Stfpm": "Stfpm", "PaDiM": "Padim"}[run["model"].split()[1]], "init_args": {}}
+        class_path, arguments = OTHERS[run["model"]]
+        model = {"class_path": class_path, "init_args": dict(arguments)}
         model["init_args"]["pre_processor"] = resize(size)
         model["init_args"]["evaluator"] = paper["model"]["init_args"]["evaluator"]
     model["init_args"]["visualizer"] = False
+    precision = {"class_path": "anomalib.metrics.AUPR", "init_args": {"fields": ["anomaly_map", "gt_mask"]}}
+    precision["init_args"] |= {"prefix": "pixel_", "strict": False}
+    model["init_args"]["evaluator"]["init_args"]["test_metrics"].append(precision)
     clock, output = folder / "clock.json", folder / "run"
     config = {
         "model": model,
@@ -242,7 +255,7 @@ def draw(kept: dict[str, dict[str, Any]]) -> None:
     groups = defaultdict(list)
     for key, row in kept.items():
         part, *_ = key.split(", ")
-        if part in ("passes", "recipes"):
+        if part == "passes":
             groups[part, row["model"], row["category"]].append(row)
     for (part, model, category), found in groups.items():
         figures = {"n": f"{len(found)}", "a pass, s": spread([mean(row["pass_seconds"]) for row in found])}

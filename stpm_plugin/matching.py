@@ -33,20 +33,32 @@ def distance(teacher: Tensor, student: Tensor) -> Tensor:
     return 0.5 * (teacher.float() - normalize(student)).square().sum(dim=1)
 
 
-def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], hard_share: float = 1.0) -> Tensor:
     """Training loss: the squared distance of unit vectors, averaged over batch and positions, summed over levels.
 
     This is the loss of the authors' code, twice the sum of :func:`distance`'s means, so that their learning rate
-    (0.4) and weight decay (1e-4) act as they do there. anomalib's ``Stfpm`` has B / 2 times this loss.
+    (0.4) and weight decay (1e-4) act as they do there. anomalib's ``Stfpm`` has B / 2 times this loss. With a
+    ``hard_share`` below 1 a student stops learning where it already matches, so that it matches less of what it has
+    never seen (as in EfficientAD, Batzner et al., arXiv 2303.14535).
 
     Args:
         teacher: One map of unit vectors (B, C_l, H_l, W_l) for each level.
         student: One feature map (B, C_l, H_l, W_l) for each level.
+        hard_share: Share of the batch's positions in each level, those of the largest distances, to average over.
 
     Returns:
         Scalar in [0, 4 L] for L levels.
     """
-    return torch.stack([2 * distance(t, s).mean() for t, s in zip(teacher, student, strict=True)]).sum()
+    return torch.stack(
+        [2 * mean_of_largest(distance(t, s), hard_share) for t, s in zip(teacher, student, strict=True)]
+    ).sum()
+
+
+def mean_of_largest(values: Tensor, share: float) -> Tensor:
+    """Mean of the largest ``share`` of all values, at least of one; of all where the share is 1."""
+    if share == 1:
+        return values.mean()
+    return values.flatten().topk(max(1, round(share * values.numel())), sorted=False).values.mean()
 
 
 def anomaly_map(teacher: Sequence[Tensor], student: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -69,3 +81,17 @@ def anomaly_map(teacher: Sequence[Tensor], student: Sequence[Tensor], size: tupl
         level = F.interpolate(level, size=size, mode="bilinear", align_corners=False)  # (B, 1, H, W)
         product = level if product is None else product * level
     return product.pow(1 / len(teacher))
+
+
+def image_score(anomalies: Tensor, share: float, stride: int) -> Tensor:
+    """Image scores (B,) of anomaly maps (B, 1, H, W): the maximum, or the mean over the most anomalous part.
+
+    Args:
+        anomalies: Anomaly maps.
+        share: Share of the map to average over, after blocks of ``stride`` pixels were averaged; 0 for the maximum.
+        stride: Input pixels per position of the shallowest level: the map is smooth below this.
+    """
+    if not share:
+        return torch.amax(anomalies, dim=(1, 2, 3))
+    blocks = F.avg_pool2d(anomalies, min(stride, *anomalies.shape[-2:])).flatten(1)
+    return blocks.topk(max(1, round(share * blocks.shape[1])), dim=1, sorted=False).values.mean(1)

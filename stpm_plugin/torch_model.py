@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from .errors import STPMError
 from .features import FeaturePyramid, FrozenPyramid
-from .matching import anomaly_map, normalize
+from .matching import anomaly_map, image_score, normalize
 
 
 class STPMModel(nn.Module):
@@ -21,9 +21,10 @@ class STPMModel(nn.Module):
         backbone: timm model name.
         layers: Names or indices of the matched layers, from shallow to deep.
         smoothing_sigma: Standard deviation of a Gaussian over the anomaly map, pixels; 0 for none.
+        score_share: Share of the anomaly map, its highest values, whose mean is the image score; 0 for its maximum.
 
     Raises:
-        STPMError: ``smoothing_sigma`` is negative, or the backbone or a layer does not exist.
+        STPMError: ``smoothing_sigma`` or ``score_share`` is out of range, or the backbone or a layer does not exist.
     """
 
     def __init__(
@@ -31,14 +32,18 @@ class STPMModel(nn.Module):
         backbone: str = "resnet18.tv_in1k",
         layers: Sequence[str | int] = ("layer1", "layer2", "layer3"),
         smoothing_sigma: float = 0.0,
+        score_share: float = 0.0,
     ) -> None:
         super().__init__()
         if smoothing_sigma < 0:
             msg = f"smoothing_sigma={smoothing_sigma} must be 0 (no smoothing) or a width in pixels."
             raise STPMError(msg)
+        if not 0 <= score_share <= 1:
+            msg = f"score_share={score_share} must be a share of the anomaly map, or 0 for its maximum."
+            raise STPMError(msg)
         self.teacher = FrozenPyramid(backbone, layers)
         self.student = FeaturePyramid(backbone, layers)
-        self.smoothing_sigma = smoothing_sigma
+        self.smoothing_sigma, self.score_share = smoothing_sigma, score_share
         self.to(memory_format=torch.channels_last)  # twice as fast on CPUs, and no slower elsewhere
 
     def teach(self, images: Tensor) -> list[Tensor]:
@@ -46,12 +51,13 @@ class STPMModel(nn.Module):
         return [normalize(level) for level in self.teacher(images)]
 
     def score(self, teacher: Sequence[Tensor], student: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """Turn two pyramids into the anomaly map (B, 1, H, W) and the image scores (B,), its maxima, in [0, 2]."""
+        """Turn two pyramids into the anomaly map (B, 1, H, W) and the image scores (B,), both in [0, 2]."""
         anomalies = anomaly_map(teacher, student, size)
         if self.smoothing_sigma:
             reach = round(4 * self.smoothing_sigma)  # the Gaussian ends where it is 0.03 % of its height
             anomalies = gaussian_blur(anomalies, [2 * reach + 1] * 2, [self.smoothing_sigma] * 2)
-        return InferenceBatch(pred_score=torch.amax(anomalies, dim=(1, 2, 3)), anomaly_map=anomalies)
+        scores = image_score(anomalies, self.score_share, self.teacher.strides[0])
+        return InferenceBatch(pred_score=scores, anomaly_map=anomalies)
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Map normalised images (B, 3, H, W) to anomaly maps (B, 1, H, W) and image scores (B,), both in [0, 2]."""

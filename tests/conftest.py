@@ -14,7 +14,14 @@ from PIL import Image
 
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = {"train_images": 10, "test_images": 2, "num_workers": 0, "train_batch_size": 4}
-MODEL = {"backbone": "resnet18", "teacher_weights": "builtin", "image_size": (64, 64), "lr": 0.1}
+MODEL = {
+    "backbone": "resnet18",
+    "teacher_weights": "builtin",
+    "image_size": (64, 64),
+    "batch_size": None,
+    "schedule": "constant",
+    "lr": 0.1,
+}
 
 NUMBERED = [(64, 64), (64, 64), (101, 77), (64, 64), (200, 131)]  # sizes of the noise images
 

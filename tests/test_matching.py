@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stpm_plugin.matching import anomaly_map, distance, matching_loss, normalize
+from stpm_plugin.matching import anomaly_map, distance, image_score, matching_loss, normalize
 
 
 def column(*values: float) -> torch.Tensor:
@@ -37,6 +37,26 @@ def test_loss_is_twice_the_sum_of_mean_distances():
     ]
     # level 1: 0.4; level 2: the mean of 1 (orthogonal) and 0 or of 0 and 1
     assert matching_loss(teacher, student).item() == pytest.approx(2 * (0.4 + 0.5), abs=1e-6)
+
+
+def test_loss_of_the_hardest_share_by_hand():
+    teacher = [normalize(column(1.0, 0.0).repeat(1, 1, 2, 2))]
+    student = torch.tensor([[1.0, 0.6], [0.0, -1.0]]).view(1, 1, 2, 2)  # distances 0, 0.4, 1, 2
+    student = torch.cat([student, torch.tensor([[0.0, 0.8], [1.0, 0.0]]).view(1, 1, 2, 2)], dim=1).requires_grad_()
+    loss = matching_loss(teacher, [student], hard_share=0.5)
+    assert loss.item() == pytest.approx(2 * (1 + 2) / 2, abs=1e-6)
+    loss.backward()
+    assert student.grad.abs().sum(dim=1).flatten()[:2].eq(0).all()  # what matches well enough teaches nothing
+    assert matching_loss(teacher, [student], hard_share=0.01).item() == pytest.approx(4, abs=1e-6)  # one position
+
+
+def test_image_score_by_hand():
+    anomalies = torch.zeros(2, 1, 4, 4)
+    anomalies[0, 0, 0, 0] = 0.8  # one pixel of a block
+    anomalies[1, 0, 2:, 2:] = 0.4  # a whole block
+    assert image_score(anomalies, 0, 2).tolist() == pytest.approx([0.8, 0.4])
+    assert image_score(anomalies, 0.25, 2).tolist() == pytest.approx([0.2, 0.4])  # the highest of four blocks
+    assert image_score(anomalies, 0.5, 2).tolist() == pytest.approx([0.1, 0.2])
 
 
 def test_gradient_reaches_the_student_alone():

@@ -1,0 +1,173 @@
+"""Accuracy of STPM and others on whole categories: official split, anomalib's metrics, several seeds.
+
+    python -m benchmarks.accuracy run DIR/screw DIR/bottle --teacher FILE --seeds 0 1 2   # folders in MVTec AD's layout
+    python -m benchmarks.accuracy run DIR/* --teacher FILE --ray ADDRESS                  # over a Ray cluster
+    python -m benchmarks.accuracy table                                                   # from what is kept
+
+Each run is the real `anomalib train` in a fresh process. Rows are written as they come to `results/accuracy.json`, and
+a run that has one is not repeated. All models get the same weights of torchvision's ResNet-18. anomalib's Stfpm is
+given as many passes as `--stfpm-passes` says, since its hundred take hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.progress import Progress
+
+from benchmarks.environment import environment
+from benchmarks.training_speed import OTHERS, train
+
+RESULT = Path(__file__).parent / "results" / "accuracy.json"
+MODELS = ("STPM", "STPM, paper", *OTHERS)
+METRICS = {
+    "image_AUROC": "image AUROC",
+    "pixel_AUROC": "pixel AUROC",
+    "pixel_AUPRO": "PRO",
+    "image_F1Score": "image F1",
+    "pixel_AUPR": "pixel AP",
+}
+
+
+def main() -> None:
+    """Run what is missing, or tabulate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["run", "table"])
+    parser.add_argument("categories", nargs="*", type=Path, help="folders in MVTec AD's layout")
+    parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--stfpm-passes", type=int, default=100)
+    parser.add_argument("--ray", metavar="ADDRESS", help="spread the runs over a Ray cluster")
+    parser.add_argument("--checkpoints", type=Path, help="folder to keep STPM's trained models in")
+    args = parser.parse_args()
+    if args.part == "run":
+        wanted = {key: job for key, job in jobs(args) if key not in rows()}
+        with Progress() as progress:
+            task = progress.add_task("runs", total=len(wanted))
+            for key, row in spread_out(wanted, args) if args.ray else one_by_one(wanted, args):
+                RESULT.write_text(json.dumps({**rows(), key: row}, indent=1))
+                progress.update(task, advance=1, description=key)
+                progress.console.print(key, json.dumps(row["metrics"]), f"{row['fit_seconds']} s")
+    table(rows())
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """Return what is kept."""
+    return json.loads(RESULT.read_text()) if RESULT.exists() else {}
+
+
+def jobs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the settings of each run; a seed's models follow each other."""
+    for category in args.categories:
+        for seed in args.seeds:
+            for model in args.models:
+                passes = {"anomalib Stfpm": args.stfpm_passes, "anomalib PaDiM": 1, "anomalib PatchCore": 1}.get(model)
+                name = f"{model}, {passes} passes" if model == "anomalib Stfpm" else model
+                yield (
+                    f"{name}, {category.name}, seed {seed}",
+                    {
+                        "model": model,
+                        "name": name,
+                        "root": str(category.resolve().parent),
+                        "category": category.name,
+                        "epochs": passes,
+                        "seed": seed,
+                    },
+                )
+
+
+def run(job: dict[str, Any], teacher: Path, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Train and test once, and keep the checkpoint if it is wanted."""
+    with tempfile.TemporaryDirectory() as folder:
+        row = train(job, teacher, Path(folder))
+        if checkpoint:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            next(Path(folder, "run").rglob("model.ckpt")).replace(checkpoint)
+    return {**job, **row, **environment("python -m benchmarks.accuracy")}
+
+
+def one_by_one(wanted: dict[str, Any], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run here, one after the other."""
+    for key, job in wanted.items():
+        kept = args.checkpoints if job["model"].startswith("STPM") else None
+        yield key, run(job, args.teacher.resolve(), kept and kept / f"{key.replace(', ', '-').replace(' ', '-')}.ckpt")
+
+
+def spread_out(wanted: dict[str, Any], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run on a Ray cluster, one run a node at a time; a lost node's runs start again elsewhere."""
+    import ray
+
+    ray.init(args.ray, ignore_reinit_error=True)
+    remote = ray.remote(run).options(num_cpus=2, max_retries=3, scheduling_strategy="SPREAD")
+    waiting = {remote.remote(job, args.teacher.resolve()): key for key, job in wanted.items()}
+    while waiting:
+        (done,), _ = ray.wait(list(waiting))
+        yield waiting.pop(done), ray.get(done)
+
+
+def table(kept: dict[str, dict[str, Any]]) -> None:
+    """Write Markdown, CSV and two figures of what is kept."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in kept.values():
+        groups[row["category"], row["name"]].append(row)
+    columns = ["category", "model", "n", *METRICS.values(), "fit, s", "test, ms an image", "peak, GiB"]
+    lines = []
+    for (category, name), found in sorted(groups.items()):
+        values = [[row["metrics"][metric] for row in found] for metric in METRICS]
+        values += [[row[key] for row in found] for key in ("fit_seconds", "milliseconds_an_image", "peak_memory_gib")]
+        digits = [4] * len(METRICS) + [0, 1, 2]
+        cells = [spread(one, count) for one, count in zip(values, digits, strict=True)]
+        lines.append([category, name, str(len(found)), *cells])
+    with RESULT.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *lines])
+    text = "\n".join(" | ".join(["", *line, ""]).strip() for line in [columns, ["---"] * len(columns), *lines])
+    RESULT.with_suffix(".md").write_text(text + "\n")
+    print(text)
+    if groups:
+        draw(groups)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+    """Bars of three metrics with deviations, and image AUROC over fit time."""
+    import matplotlib.pyplot as plt
+
+    categories, names = sorted({c for c, _ in groups}), sorted({n for _, n in groups})
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
+    for axis, metric in zip(axes, ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"), strict=False):
+        for place, name in enumerate(names):
+            for at, category in enumerate(categories):
+                values = [row["metrics"][metric] for row in groups.get((category, name), [])]
+                if values:
+                    error = stdev(values) if len(values) > 1 else 0
+                    where, colour = at + 0.8 * (place + 0.5) / len(names) - 0.4, f"C{place}"
+                    axis.bar(where, mean(values), 0.7 / len(names), yerr=error, color=colour, label="" if at else name)
+        axis.set_xticks(range(len(categories)), categories)
+        axis.set(title=METRICS[metric], ylim=(0.5, 1.0))
+    axes[0].legend(fontsize=7, loc="lower left")
+    for place, name in enumerate(names):
+        found = [groups[category, name] for category in categories if (category, name) in groups]
+        points = [
+            (mean(r["fit_seconds"] for r in one), mean(r["metrics"]["image_AUROC"] for r in one)) for one in found
+        ]
+        axes[3].plot(*zip(*points, strict=True), "o", color=f"C{place}")
+    axes[3].set(xscale="log", xlabel="seconds to fit", title="image AUROC over time")
+    figure.savefig(RESULT.with_suffix(".png"), dpi=100)
+
+
+if __name__ == "__main__":
+    main()
