@@ -56,7 +56,7 @@ def main() -> None:
             for key, row in spread_out(wanted, args) if args.ray else one_by_one(wanted, args):
                 RESULT.write_text(json.dumps({**rows(), key: row}, indent=1))
                 progress.update(task, advance=1, description=key)
-                progress.console.print(key, json.dumps(row["metrics"]), f"{row['fit_seconds']} s")
+                progress.console.print(key, json.dumps(row["metrics"]))
     table(rows())
 
 
@@ -122,8 +122,9 @@ def table(kept: dict[str, dict[str, Any]]) -> None:
     columns = ["category", "model", "n", *METRICS.values(), "fit, s", "test, ms an image", "peak, GiB"]
     lines = []
     for (category, name), found in sorted(groups.items()):
-        values = [[row["metrics"][metric] for row in found] for metric in METRICS]
-        values += [[row[key] for row in found] for key in ("fit_seconds", "milliseconds_an_image", "peak_memory_gib")]
+        values = [[row["metrics"].get(metric) for row in found] for metric in METRICS]
+        times = ("fit_seconds", "milliseconds_an_image", "peak_memory_gib")  # nothing where other runs were beside
+        values += [[row.get(key) for row in found] for key in times]
         digits = [4] * len(METRICS) + [0, 1, 2]
         cells = [spread(one, count) for one, count in zip(values, digits, strict=True)]
         lines.append([category, name, str(len(found)), *cells])
@@ -136,8 +137,11 @@ def table(kept: dict[str, dict[str, Any]]) -> None:
         draw(groups)
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation."""
+def spread(values: list[float | None], digits: int) -> str:
+    """Mean and standard deviation of what is there."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}"
 

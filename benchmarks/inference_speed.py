@@ -1,6 +1,6 @@
 """Latency, throughput, accuracy and size of STPM and others as they are deployed.
 
-    python -m benchmarks.inference_speed models --root DIR --work WORK --checkpoints DIR   # export, train the others
+    python -m benchmarks.inference_speed models --root DIR --work WORK --checkpoints DIR --teacher FILE
     python -m benchmarks.inference_speed network --root DIR --work WORK    # network only, in turns, and start-up
     python -m benchmarks.inference_speed accuracy --root DIR --work WORK   # of each on the official test split
     python -m benchmarks.inference_speed files --root DIR --work WORK      # 1024 x 1024 PNGs to scores; memory
@@ -8,7 +8,7 @@
     python -m benchmarks.inference_speed plot                              # redraw and tabulate what is kept
 
 Rows are written to `results/inference_speed.json` as they come. WORK keeps the exported models. STPM's checkpoints are
-those of `benchmarks.training_speed recipes --checkpoints`.
+those of `benchmarks.accuracy run --checkpoints`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ from anomalib.data import AnomalibDataModule, MVTecAD
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC
 from anomalib.models import AnomalibModule, Padim, Patchcore, Stfpm
+from huggingface_hub import constants
 from rich.progress import track
 from torch.nn import functional as F
 
 from benchmarks.environment import environment
+from benchmarks.training_speed import hub
 from stpm_plugin import STPM
 
 RESULT = Path(__file__).parent / "results" / "inference_speed.json"
@@ -75,12 +77,14 @@ def main() -> None:
     parser.add_argument("part", choices=["models", "network", "accuracy", "files", "bound", "plot"])
     parser.add_argument("--root", type=Path, help="MVTec AD's folder")
     parser.add_argument("--work", type=Path, help="folder of the exported models")
-    parser.add_argument("--checkpoints", type=Path, help="folder of recipes-STPM-fast-CATEGORY-seed-N.ckpt")
+    parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
+    parser.add_argument("--checkpoints", type=Path, help="folder of STPM-CATEGORY-seed-N.ckpt")
     parser.add_argument("--seed", type=int, default=0, help="which of the checkpoints")
     args = parser.parse_args()
     if args.part == "models":
         for category in CATEGORIES:
             export(args, category)
+            export_others(args, category)
     elif args.part == "network":
         save("network", network(args.work / "screw-fixed", datamodule(args.root, "screw")))
         save("start-up", start_up(args.work / "screw", next((args.root / "screw/test/good").glob("*.png"))))
@@ -113,7 +117,7 @@ def datamodule(root: Path, category: str) -> MVTecAD:
 
 def checkpoint(args: argparse.Namespace, category: str) -> Path:
     """Return STPM's checkpoint of a category."""
-    return args.checkpoints / f"recipes-STPM-fast-{category}-seed-{args.seed}.ckpt"
+    return args.checkpoints / f"STPM-{category}-seed-{args.seed}.ckpt"
 
 
 def export(args: argparse.Namespace, category: str) -> None:
@@ -129,13 +133,17 @@ def export(args: argparse.Namespace, category: str) -> None:
         torch.save(stpm.state_dict(), folder / "stpm.pt")
     plain = args.work / category / "stpm-plain-int8"
     AnomalibModule.to_openvino(stpm, plain, compression_type="int8_ptq", datamodule=data)
+
+
+def export_others(args: argparse.Namespace, category: str) -> None:
+    """Train anomalib's models on a category with the same weights, and export them as anomalib does."""
+    constants.HF_HUB_CACHE = f"{hub(args.teacher, args.work)['HF_HOME']}/hub"
     for name, (model_class, arguments, epochs) in OTHERS.items():
         target = args.work / category / name
-        if target.exists():
-            continue
-        model = model_class(**arguments)
-        Engine(max_epochs=epochs, accelerator="cpu", logger=False, default_root_dir=target).fit(model, datamodule=data)
-        model.to_openvino(target)
+        if not target.exists():
+            model, data = model_class(**arguments), datamodule(args.root, category)
+            Engine(max_epochs=epochs, accelerator="cpu", logger=False, default_root_dir=target).fit(model, data)
+            model.to_openvino(target)
 
 
 def fixed(path: Path) -> ov.Model:
