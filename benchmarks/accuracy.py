@@ -165,10 +165,10 @@ def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
     axes[0].legend(fontsize=7, loc="lower left")
     for place, name in enumerate(names):
         found = [groups[category, name] for category in categories if (category, name) in groups]
-        points = [
-            (mean(r["fit_seconds"] for r in one), mean(r["metrics"]["image_AUROC"] for r in one)) for one in found
-        ]
-        axes[3].plot(*zip(*points, strict=True), "o", color=f"C{place}")
+        for one in found:
+            seconds = [row["fit_seconds"] for row in one if row["fit_seconds"] is not None]
+            if seconds:
+                axes[3].plot(mean(seconds), mean(row["metrics"]["image_AUROC"] for row in one), "o", color=f"C{place}")
     axes[3].set(xscale="log", xlabel="seconds to fit", title="image AUROC over time")
     figure.savefig(RESULT.with_suffix(".png"), dpi=100)
 
