@@ -161,7 +161,7 @@ def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
                     where, colour = at + 0.8 * (place + 0.5) / len(names) - 0.4, f"C{place}"
                     axis.bar(where, mean(values), 0.7 / len(names), yerr=error, color=colour, label="" if at else name)
         axis.set_xticks(range(len(categories)), categories)
-        axis.set(title=METRICS[metric], ylim=(0.5, 1.0))
+        axis.set(title=METRICS[metric], ylim=(0.4, 1.0))
     axes[0].legend(fontsize=7, loc="lower left")
     for place, name in enumerate(names):
         found = [groups[category, name] for category in categories if (category, name) in groups]
