@@ -94,4 +94,5 @@ def image_score(anomalies: Tensor, share: float, stride: int) -> Tensor:
     if not share:
         return torch.amax(anomalies, dim=(1, 2, 3))
     blocks = F.avg_pool2d(anomalies, min(stride, *anomalies.shape[-2:])).flatten(1)
-    return blocks.topk(max(1, round(share * blocks.shape[1])), dim=1, sorted=False).values.mean(1)
+    count = torch.sym_max(1, blocks.shape[1] * round(share * 1e6) // 10**6)  # whole numbers, as sizes in exports are
+    return blocks.topk(count, dim=1, sorted=False).values.mean(1)
