@@ -28,7 +28,15 @@ from stpm_plugin.features import FeaturePyramid
 from stpm_plugin.pre_processing import IMAGENET_MEAN, IMAGENET_STD
 
 RESULT = Path(__file__).parent / "results" / "short_runs_on_screw.json"
-RECIPE = {"epochs": 20, "batch_size": 4, "schedule": "one-cycle", "seed": 0}
+RECIPE = {
+    "epochs": 20,
+    "batch_size": 4,
+    "lr": 0.4,
+    "schedule": "one-cycle",
+    "hard_share": 1.0,
+    "score_share": 0.0,
+    "seed": 0,
+}
 LAYERS = ["layer1", "layer2", "layer3"]
 
 
