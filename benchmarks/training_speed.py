@@ -142,7 +142,7 @@ def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str
                 settings = {"model": model, "root": str(root), "category": "screw", "epochs": epochs, "seed": number}
                 yield f"passes, {model}, round {number}", settings
     else:
-        shapes = [(count, 256) for count in COUNTS] + [(IMAGES_AT_SIZES, size) for size in SIZES]
+        shapes = [(IMAGES_AT_SIZES, size) for size in SIZES] + [(count, 256) for count in COUNTS]
         for count, size in dict.fromkeys(shapes):
             subset = few(root / "screw", count, folder / str(count))
             for model, epochs in TIMED.items():
