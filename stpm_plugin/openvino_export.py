@@ -34,11 +34,7 @@ CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors would compute in bfloat16
 
 
-MODEL_INFO = {  # what OpenVINO Model API reads
-    "model_type": "AnomalyDetection",
-    "task": "segmentation",
-    "input_dtype": "f32",  # where the graph has a fixed size, Model API would else cut [0, 1] to whole numbers
-}
+MODEL_INFO = {"model_type": "AnomalyDetection", "task": "segmentation"}  # what OpenVINO Model API reads
 
 
 class OpenVINOExport(Callback):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +22,7 @@ MODEL = {
     "lr": 0.1,
 }
 
-NUMBERED = [(64, 64), (64, 64), (101, 77), (64, 64), (200, 131)]  # sizes of the noise images
+NUMBERED = [(64, 64), (64, 64), (101, 77), (64, 64), (200, 131)]  # sizes of the numbered images
 
 torch.set_num_threads(2)
 
@@ -72,12 +71,12 @@ def exported(trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def numbered_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise of several sizes, numbered so that names and numbers sort apart."""
+def numbered_images(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn images of several sizes, good and bad, numbered so that names and numbers sort apart."""
     folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for index, size in enumerate(NUMBERED):
-        Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(folder / f"frame {index + 7}.png")
+    drawn = sorted(demo_root.glob("*/test/*/*.png"))
+    for index, (height, width) in enumerate(NUMBERED):
+        Image.open(drawn[2 * index]).convert("RGB").resize((width, height)).save(folder / f"frame {index + 7}.png")
     return folder
 
 
