@@ -26,11 +26,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from torchvision.tv_tensors import Mask
 
-from .thresholds import STPMPostProcessor
 from .training_data import check_normal, read, split
 
 CALIBRATION_IMAGES = 300  # NNCF's own default
 CONVOLUTIONS = {"Convolution", "GroupConvolution"}
+FLOAT_REDUCTION = 4  # input pixels per position, along a side, up to which nothing is rounded
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors would compute in bfloat16
 
 
@@ -102,13 +102,14 @@ def export_int8(
     calibration = [parts.train[place] for place in order[:CALIBRATION_IMAGES]]
     places = (calibration, [] if max_drop is None else parts.holdout)
     images, holdout = ([b.image.numpy() for b in fitting(read(loader, chosen, 1))] for chosen in places)
-    model = quantize(ov.Core().read_model(source), images, holdout, max_drop)
+    exact = ov.Core().read_model(source)
+    model = quantize(exact, images, holdout, max_drop)
     if post_processor is not None:
         post_processor = copy.deepcopy(post_processor)
         if getattr(post_processor, "normal_quantile", None) is not None:
-            set_thresholds(post_processor, model, fitting(read(loader, parts.holdout, 1)))
+            set_thresholds(post_processor, model, exact, fitting(read(loader, parts.holdout, 1)))
         elif hasattr(datamodule, "val_data"):
-            set_thresholds(post_processor, model, fitting(datamodule.val_dataloader()))
+            set_thresholds(post_processor, model, exact, fitting(datamodule.val_dataloader()))
         else:
             rank_zero_warn("STPM: without a validation set the INT8 model keeps the thresholds of the float one.")
         model = post_process(model, post_processor)
@@ -167,24 +168,24 @@ def _log_maps(compiled: ov.CompiledModel, images: Iterable[np.ndarray]) -> np.nd
 
 
 def outside_the_backbones(model: ov.Model) -> list[str]:
-    """Name the operations up to the first convolutions, these included, and those after the last: input and head.
+    """Name the operations that stay in float: input, head, and what is not finer than a quarter of the image.
 
-    What a first convolution rounds runs through the whole network, and it is a twelfth of a ResNet-18's work.
+    What those first operations round runs through the whole network, and the finest level's distances come right from
+    them; they are a third of a ResNet-18's work.
     """
     operations = model.get_ordered_ops()
-    fed: set[str] = set()
+    reduction: dict[str, int] = {}  # input pixels per position, of what comes from a convolution
     for node in operations:
-        sources = [value.get_node() for value in node.input_values()]
-        if any(s.get_type_name() in CONVOLUTIONS or s.get_friendly_name() in fed for s in sources):
-            fed.add(node.get_friendly_name())
+        sources = [reduction.get(value.get_node().get_friendly_name(), 0) for value in node.input_values()]
+        strides = node.get_attributes().get("strides", [1])
+        reduction[node.get_friendly_name()] = max([*sources, int(node.get_type_name() in CONVOLUTIONS)]) * strides[0]
     feeding: set[str] = set()
     for node in reversed(operations):
         targets = [target.get_node() for output in node.outputs() for target in output.get_target_inputs()]
         if any(t.get_type_name() in CONVOLUTIONS or t.get_friendly_name() in feeding for t in targets):
             feeding.add(node.get_friendly_name())
     convolutions = {node.get_friendly_name() for node in operations if node.get_type_name() in CONVOLUTIONS}
-    names = [node.get_friendly_name() for node in operations]
-    return [name for name in names if name not in fed or name not in feeding | convolutions]
+    return [name for name in reduction if reduction[name] <= FLOAT_REDUCTION or name not in feeding | convolutions]
 
 
 class Scores(nn.Module):
@@ -223,26 +224,49 @@ def post_process(model: ov.Model, post_processor: PostProcessor) -> ov.Model:
     return whole
 
 
-def set_thresholds(post_processor: PostProcessor, model: ov.Model, batches: Iterable[Batch]) -> None:
-    """Set a post-processor's thresholds and normalisation anew, from what a model gives.
+def set_thresholds(post_processor: PostProcessor, model: ov.Model, exact: ov.Model, batches: Iterable[Batch]) -> None:
+    """Set a post-processor's thresholds and normalisation anew, from what a rounded model gives.
+
+    An image threshold that labels have set becomes the one that repeats the float model's labels; one from normal
+    images is their quantile, as it was.
 
     Args:
-        post_processor: It is changed.
-        model: From images to raw scores and maps.
+        post_processor: The float model's; it is changed.
+        model: From images to raw scores and maps, rounded.
+        exact: The float model.
         batches: Held-out normal images, if the post-processor has a ``normal_quantile``; else the validation set:
             images (B, 3, H, W) in [0, 1], labels, and masks where there are any.
     """
-    compiled = ov.compile_model(model, "CPU", FLOAT32)
-    scores = []
+    threshold = post_processor.image_threshold.clone()
+    adaptive = getattr(post_processor, "normal_quantile", None) is None
+    rounded, reference = (ov.compile_model(one, "CPU", FLOAT32) for one in (model, exact))
+    scores, float_scores = [], []
     for batch in batches:
-        made = compiled(batch.image.numpy())
+        made = rounded(batch.image.numpy())
         score, anomaly_map = (torch.from_numpy(made[name].copy()) for name in ("pred_score", "anomaly_map"))
         scores.append(score.reshape(-1))
+        if adaptive:
+            float_scores.append(torch.from_numpy(reference(batch.image.numpy())["pred_score"].copy()).reshape(-1))
         if batch.gt_mask is not None:
             size = list(anomaly_map.shape[-2:])
             batch.update(gt_mask=resize(Mask(batch.gt_mask), size, InterpolationMode.NEAREST))
         batch.update(pred_score=scores[-1], anomaly_map=anomaly_map)
         post_processor.on_validation_batch_end(None, None, batch)
     post_processor.on_validation_epoch_end(None, None)
-    if isinstance(post_processor, STPMPostProcessor):
+    if not adaptive:
         post_processor.calibrate(torch.cat(scores))
+    elif not threshold.isnan():
+        post_processor._image_threshold.copy_(same_labels(torch.cat(float_scores), threshold, torch.cat(scores)))
+
+
+def same_labels(float_scores: Tensor, threshold: Tensor, scores: Tensor) -> Tensor:
+    """Find the threshold of scores (N,) that repeats most of the labels that float scores (N,) have at theirs.
+
+    Of several that do, it is the one nearest to the float threshold times the median ratio of the scores.
+    """
+    near = threshold * (scores / float_scores.clamp(min=torch.finfo(torch.float32).tiny)).median()
+    ordered = scores.sort().values
+    tried = torch.cat([near[None], (ordered[1:] + ordered[:-1]) / 2])
+    wrong = ((scores > tried[:, None]) != (float_scores > threshold)).sum(1)
+    best = tried[wrong == wrong.min()]
+    return best[(best - near).abs().argmin()]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from stpm_plugin import STPM, STPMPostProcessor
 from stpm_plugin.errors import STPMError
+from stpm_plugin.openvino_export import same_labels
 from stpm_plugin.score import Scorer
 
 SIZES = [(64, 64), (101, 77), (200, 131)]
@@ -141,6 +142,15 @@ def test_int8_rounds_the_backbones_alone_and_sets_thresholds_anew(trained, demo,
         assert 0 < sum(labels) < len(labels)
 
 
+def test_the_threshold_of_a_rounded_model_repeats_the_float_labels():
+    exact = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    rounded = torch.tensor([0.21, 0.38, 0.62, 0.79])  # about twice as large
+    assert 0.38 < same_labels(exact, torch.tensor(0.25), rounded) < 0.62
+    assert 0.79 < same_labels(exact, torch.tensor(0.5), rounded) < 1.05  # none is anomalous: twice the threshold
+    swapped = torch.tensor([0.21, 0.63, 0.62, 0.79])  # one label must differ, at 0.25 x 2.067 as at 0.71
+    torch.testing.assert_close(same_labels(exact, torch.tensor(0.25), swapped), torch.tensor(0.25 * 0.62 / 0.3))
+
+
 def test_int8_needs_normal_images_and_says_so(trained, tmp_path):
     with pytest.raises(STPMError, match="name them with --data"):
         trained[0].to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
@@ -149,7 +159,7 @@ def test_int8_needs_normal_images_and_says_so(trained, tmp_path):
 def test_int8_with_control_goes_back_to_float_until_held_out_maps_agree(demo, tmp_path):
     import openvino as ov
 
-    _, model = fit(demo, tmp_path, 1, layers=["layer1"], image_size=(32, 32))
+    _, model = fit(demo, tmp_path, 1, layers=["layer1", "layer2"], image_size=(32, 32))
     rounded = []
     for drop in (1.0, 0.0):
         path = model.to_openvino(
