@@ -172,12 +172,23 @@ def few(source: Path, count: int, root: Path) -> Path:
 
 
 def train(run: dict[str, Any], teacher: Path, folder: Path) -> dict[str, Any]:
-    """Run `anomalib train` once; returns what the clock kept."""
+    """Run `anomalib train` once.
+
+    Args:
+        run: The model, the data's root and category, the passes (``epochs``) and the seed; and, if need be, the images'
+            ``size``, more ``arguments`` of the model, ``metrics`` and ``callbacks``, and other ``data``.
+        teacher: Weights of torchvision's ResNet-18.
+        folder: For the run's files.
+
+    Returns:
+        What the clock kept.
+    """
     default, paper = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("stpm", "paper"))
     size = run.get("size", 256)
     if run["model"].startswith("STPM"):
         model = (paper if "paper" in run["model"] else default)["model"]
         model["init_args"] |= {"teacher_weights": str(teacher), "image_size": [size, size], "seed": run["seed"]}
+        model["init_args"] |= run.get("arguments", {})
         if "nothing kept" in run["model"]:
             model["init_args"]["cache"] = "off"
     else:
@@ -188,18 +199,17 @@ def train(run: dict[str, Any], teacher: Path, folder: Path) -> dict[str, Any]:
     model["init_args"]["visualizer"] = False
     precision = {"class_path": "anomalib.metrics.AUPR", "init_args": {"fields": ["anomaly_map", "gt_mask"]}}
     precision["init_args"] |= {"prefix": "pixel_", "strict": False}
-    model["init_args"]["evaluator"]["init_args"]["test_metrics"].append(precision)
+    model["init_args"]["evaluator"]["init_args"]["test_metrics"] += [precision, *run.get("metrics", [])]
     clock, output = folder / "clock.json", folder / "run"
+    data = {"root": run["root"], "category": run["category"], "num_workers": 2}
+    callback = {"class_path": "benchmarks.training_speed.Clock", "init_args": {"path": str(clock)}}
     config = {
         "model": model,
-        "data": {
-            "class_path": "anomalib.data.MVTecAD",
-            "init_args": {"root": run["root"], "category": run["category"], "num_workers": 2},
-        },
+        "data": run.get("data", {"class_path": "anomalib.data.MVTecAD", "init_args": data}),
         "trainer": {
             "accelerator": "auto",
             "enable_progress_bar": False,
-            "callbacks": [{"class_path": "benchmarks.training_speed.Clock", "init_args": {"path": str(clock)}}],
+            "callbacks": [callback, *run.get("callbacks", [])],
         },
         "default_root_dir": str(output),
     }
@@ -209,13 +219,14 @@ def train(run: dict[str, Any], teacher: Path, folder: Path) -> dict[str, Any]:
     file.write_text(yaml.safe_dump(config))
     clock.unlink(missing_ok=True)
     shutil.rmtree(output, ignore_errors=True)
+    cache = {} if run["model"].startswith("STPM") else hub(teacher, folder)
     log = folder / "log"
     with log.open("w") as written:
         done = subprocess.run(
             [str(Path(sys.executable).with_name("anomalib")), "train", "-c", str(file)],
             stdout=written,
             stderr=written,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1", **hub(teacher, folder)},
+            env={**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1", **cache},
             check=False,
         )
     if done.returncode:
@@ -241,10 +252,13 @@ def hub(teacher: Path, folder: Path) -> dict[str, str]:
     import timm
     from safetensors.torch import load_file, save_file
 
+    from stpm_plugin.teacher_weights import BUILTIN, BUILTIN_FILE
+
+    weights = load_file(BUILTIN_FILE if str(teacher) == BUILTIN else teacher)
     snapshot = folder / "home/hub/models--timm--resnet18.a1_in1k/snapshots/0"
     if not snapshot.exists():
         snapshot.mkdir(parents=True)
-        save_file({**timm.create_model("resnet18").state_dict(), **load_file(teacher)}, snapshot / "model.safetensors")
+        save_file({**timm.create_model("resnet18").state_dict(), **weights}, snapshot / "model.safetensors")
         (snapshot.parents[1] / "refs").mkdir()
         (snapshot.parents[1] / "refs/main").write_text("0")
     return {"HF_HOME": str(folder / "home")}
