@@ -26,7 +26,7 @@ from rich.progress import Progress
 from benchmarks.environment import environment
 from benchmarks.training_speed import OTHERS, train
 
-RESULT = Path(__file__).parent / "results" / "accuracy.json"
+RESULTS = Path(__file__).parent / "results"
 MODELS = ("STPM", "STPM, paper", *OTHERS)
 METRICS = {
     "image_AUROC": "image AUROC",
@@ -48,21 +48,24 @@ def main() -> None:
     parser.add_argument("--stfpm-passes", type=int, default=100)
     parser.add_argument("--ray", metavar="ADDRESS", help="spread the runs over a Ray cluster")
     parser.add_argument("--checkpoints", type=Path, help="folder to keep STPM's trained models in")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what is kept")
     args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    file = args.results / "accuracy.json"
     if args.part == "run":
-        wanted = {key: job for key, job in jobs(args) if key not in rows()}
+        wanted = {key: job for key, job in jobs(args) if key not in rows(file)}
         with Progress() as progress:
             task = progress.add_task("runs", total=len(wanted))
             for key, row in spread_out(wanted, args) if args.ray else one_by_one(wanted, args):
-                RESULT.write_text(json.dumps({**rows(), key: row}, indent=1))
+                file.write_text(json.dumps({**rows(file), key: row}, indent=1))
                 progress.update(task, advance=1, description=key)
                 progress.console.print(key, json.dumps(row["metrics"]))
-    table(rows())
+    table(rows(file), file)
 
 
-def rows() -> dict[str, dict[str, Any]]:
+def rows(file: Path) -> dict[str, dict[str, Any]]:
     """Return what is kept."""
-    return json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def jobs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -114,8 +117,8 @@ def spread_out(wanted: dict[str, Any], args: argparse.Namespace) -> Iterator[tup
         yield waiting.pop(done), ray.get(done)
 
 
-def table(kept: dict[str, dict[str, Any]]) -> None:
-    """Write Markdown, CSV and two figures of what is kept."""
+def table(kept: dict[str, dict[str, Any]], file: Path) -> None:
+    """Write Markdown, CSV and two figures of what is kept beside its file."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in kept.values():
         groups[row["category"], row["name"]].append(row)
@@ -128,13 +131,13 @@ def table(kept: dict[str, dict[str, Any]]) -> None:
         digits = [4] * len(METRICS) + [0, 1, 2]
         cells = [spread(one, count) for one, count in zip(values, digits, strict=True)]
         lines.append([category, name, str(len(found)), *cells])
-    with RESULT.with_suffix(".csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([columns, *lines])
+    with file.with_suffix(".csv").open("w", newline="") as opened:
+        csv.writer(opened, lineterminator="\n").writerows([columns, *lines])
     text = "\n".join(" | ".join(["", *line, ""]).strip() for line in [columns, ["---"] * len(columns), *lines])
-    RESULT.with_suffix(".md").write_text(text + "\n")
+    file.with_suffix(".md").write_text(text + "\n")
     print(text)
     if groups:
-        draw(groups)
+        draw(groups).savefig(file.with_suffix(".png"), dpi=100)
 
 
 def spread(values: list[float | None], digits: int) -> str:
@@ -146,7 +149,7 @@ def spread(values: list[float | None], digits: int) -> str:
     return f"{mean(values):.{digits}f}{deviation}"
 
 
-def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> Any:
     """Bars of three metrics with deviations, and image AUROC over fit time."""
     import matplotlib.pyplot as plt
 
@@ -170,7 +173,7 @@ def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
             if seconds:
                 axes[3].plot(mean(seconds), mean(row["metrics"]["image_AUROC"] for row in one), "o", color=f"C{place}")
     axes[3].set(xscale="log", xlabel="seconds to fit", title="image AUROC over time")
-    figure.savefig(RESULT.with_suffix(".png"), dpi=100)
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Train a small teacher: the classification run behind ``stpm_plugin/builtin_teacher.safetensors``.
 
     python -m benchmarks.pretrain_teacher --data folder --root cifar10 --out teacher.safetensors
+    python -m benchmarks.pretrain_teacher --data mnist --root data --out teachers/mnist.safetensors   # for questions.py
 
 Data: a folder in torchvision's layout (``train/CLASS/*`` and ``test/CLASS/*``), or CIFAR-10, CIFAR-100, SVHN or
 MNIST by torchvision's loaders, which download. A ResNet-18 cut after its last used layer, average pooling and one
@@ -8,7 +9,8 @@ linear layer learn the classes; the network without the linear layer is saved in
 torchvision's tensor names.
 
 The images are trained on enlarged (``--size``): the stem of an ImageNet network divides the size by four before
-the first layer, which leaves too little of 32 x 32 pixels.
+the first layer, which leaves too little of 32 x 32 pixels. ``--shuffle-labels`` gives each training image a label
+by lot, to see what a teacher carries that has seen the images and learnt no classes.
 """
 
 from __future__ import annotations
@@ -104,13 +106,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.2, help="peak of the one-cycle schedule (SGD, Nesterov)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shuffle-labels", action="store_true", help="train on labels drawn by lot")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     args = parser.parse_args()
 
+    given = {key: value for key, value in vars(args).items() if value is not False}
+    given["layers"] = " ".join(args.layers)
     started = time.time()
     torch.manual_seed(args.seed)
     dtype = torch.float32 if args.float32 else torch.bfloat16
     images, labels, classes = read(args.data, args.root, True, args.read_size)
+    if args.shuffle_labels:
+        labels = labels[torch.randperm(len(labels))]
     test_images, test_labels, _ = read(args.data, args.root, False, args.read_size)
     model = Classifier(args.backbone, args.layers, classes).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -139,7 +146,7 @@ def main() -> None:
     model.pyramid.net.load_state_dict(tensors)  # measured as it ships, in half precision
     row = {
         "command": "python -m benchmarks.pretrain_teacher "
-        + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in vars(args).items() if key != "float32"),
+        + " ".join(f"--{key.replace('_', '-')} {value}".removesuffix(" True") for key, value in given.items()),
         "date": time.strftime("%Y-%m-%d"),
         "test_accuracy": accuracy(model, test_images, test_labels, args.size, torch.float32),
         "loss_by_epoch": history,

@@ -24,11 +24,13 @@ def draw(kept: dict[str, Row], results: Path) -> None:
     mpl.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True})
     table(kept, results / "questions.md")
     whole = [row for row in kept.values() if row.get("metrics") and not row.get("distances")]
+    usual = "imagenet" if any(row["teacher"] == "imagenet" for row in whole) else "cifar10"
+    plain = [row for row in whole if row["teacher"] == usual]
     for name, figure, found in [
         ("match", match, [row for row in kept.values() if row.get("distances")]),
-        ("scales", scales, [r for r in whole if r["teacher"] != "random" and r["share"] == 100 and r["seed"] == 0]),
+        ("scales", scales, [r for r in plain if r["share"] == 100 and r["seed"] == 0]),
         ("teachers", teachers, [r for r in whole if len(r["layers"]) == len(LAYERS) and r["share"] == 100]),
-        ("fewshot", fewshot, [r for r in whole if len(r["layers"]) == len(LAYERS)]),
+        ("fewshot", fewshot, [r for r in plain if len(r["layers"]) == len(LAYERS)]),
         ("throughput", throughput, [row for row in kept.values() if "milliseconds" in row]),
     ]:
         if found:
@@ -49,6 +51,10 @@ def table(kept: dict[str, Row], file: Path) -> None:
             lines.append(f"| {key} | " + " | ".join(cells) + f" | {row['seconds']} |")
         elif "why" in row:
             lines.append(f"| {key} | {row['why']} |" + " |" * 6)
+    teachers = {row["teacher"]: row["teacher_accuracy"] for row in kept.values() if row.get("teacher_accuracy")}
+    if teachers:
+        lines += ["", "| teacher | its own test images classified right |", "|---|---|"]
+        lines += [f"| {name} | {share:.1%} |" for name, share in teachers.items()]
     for row in kept.values():
         if "milliseconds" in row:
             lines += ["", "| one forward pass, pixels | ms | ns a pixel |", "|---|---|---|"]
@@ -136,7 +142,7 @@ def scales(rows: list[Row]) -> plt.Figure:
     """Each subset of levels: three metrics, and PRO by the size of defects."""
     found = {
         category: {tuple(r["layers"]): r for r in part if r["model"] == "STPM" and r["passes"] == longest(part)}
-        for category, part in by_category(r for r in rows if r["teacher"] in ("imagenet", "cifar10")).items()
+        for category, part in by_category(rows).items()
     }
     names = ["+".join(name[-1] for name in subset) for subset in SUBSETS]
     figure, axes = plt.subplots(len(found), 4, figsize=(13, 2.8 * len(found)), squeeze=False)
@@ -180,7 +186,6 @@ def teachers(rows: list[Row]) -> plt.Figure:
 
 def fewshot(rows: list[Row]) -> plt.Figure:
     """Three metrics over the share of images, with deviations over seeds."""
-    rows = [row for row in rows if row["teacher"] == ("imagenet" if any_imagenet(rows) else "cifar10")]
     groups = by_category(rows)
     figure, axes = plt.subplots(len(groups), 3, figsize=(11, 3 * len(groups)), squeeze=False)
     for (category, part), line in zip(groups.items(), axes, strict=True):
@@ -213,11 +218,6 @@ def fewshot(rows: list[Row]) -> plt.Figure:
             axis.minorticks_off()
         line[0].legend(fontsize=7)
     return figure
-
-
-def any_imagenet(rows: list[Row]) -> bool:
-    """Whether there are runs with the ImageNet teacher."""
-    return any(row["teacher"] == "imagenet" for row in rows)
 
 
 def throughput(rows: list[Row]) -> plt.Figure:

@@ -30,6 +30,7 @@ from anomalib.metrics import AUPRO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.progress import track
+from safetensors import safe_open
 from safetensors.torch import save_file
 from skimage.measure import label
 from torch import Tensor
@@ -40,6 +41,7 @@ from benchmarks.training_speed import train
 from stpm_plugin import STPMModel
 from stpm_plugin.features import FeaturePyramid
 from stpm_plugin.matching import distance
+from stpm_plugin.teacher_weights import BUILTIN, BUILTIN_FILE
 from stpm_plugin.training_data import split
 
 RESULTS = Path(__file__).parent / "results"
@@ -147,7 +149,9 @@ def main() -> None:
     parser.add_argument("--teacher", default="builtin", help="weights of torchvision's ResNet-18")
     parser.add_argument("--teachers", type=Path, default=Path("teachers"), help="folder of other teachers' weights")
     parser.add_argument("--models", nargs="+", default=["STPM", "anomalib PaDiM", "anomalib PatchCore"])
+    parser.add_argument("--levels", nargs="+", default=["+".join(subset) for subset in SUBSETS], help="of `scales`")
     parser.add_argument("--shares", nargs="+", type=int, default=list(SHARES), help="of the images, per cent")
+    parser.add_argument("--names", nargs="+", default=list(TEACHERS), help="of the teachers")
     parser.add_argument("--passes", type=int, default=PASSES, help="over all images; another number for a trial")
     parser.add_argument("--size", type=int, default=256, help="of the images, pixels")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what is kept")
@@ -193,6 +197,8 @@ def answer(question: str, args: argparse.Namespace, folder: Path) -> None:
         row = train(run, weights, folder)
         if question == "match":
             row["looks"] = json.loads((folder / "distances.json").read_text())
+        if question == "teachers":
+            row["teacher_accuracy"] = accuracy_of(job["teacher"], weights)
         row |= {"seconds": round(time.time() - begin), **environment(f"python -m benchmarks.questions {question}")}
         save(args.results, key, {"question": question, **job, **row})
 
@@ -216,9 +222,9 @@ def jobs(question: str, args: argparse.Namespace, folder: Path) -> Iterator[dict
             yield base | {"distances": True}
             yield base | {"distances": True, "model": "STPM, paper", "passes": round(args.passes * 100 / PASSES)}
         elif question == "scales":
-            yield from (base | {"layers": layers} for layers in SUBSETS)
+            yield from (base | {"layers": levels.split("+")} for levels in args.levels)
         elif question == "teachers":
-            for name in TEACHERS:
+            for name in args.names:
                 weights, why = teacher(name, base["weights"], args.teachers, folder)
                 yield base | {"teacher": name, "weights": weights, **({"missing": why} if why else {})}
         else:
@@ -243,8 +249,18 @@ def teacher(name: str, imagenet: Path, folder: Path, scratch: Path) -> tuple[Pat
         save_file(FeaturePyramid("resnet18", LAYERS).net.state_dict(), file)
         return file, ""
     file = folder / f"{name}.safetensors"
-    how = f"not trained: python -m benchmarks.pretrain_teacher --data {name} --root data --out {file}"
+    data = name.replace("_shuffled", " --shuffle-labels")
+    how = f"not made: python -m benchmarks.pretrain_teacher --data {data} --root data --out {file}"
     return file.resolve(), "" if file.exists() else how
+
+
+def accuracy_of(name: str, weights: Path) -> float | None:
+    """Share of its own test images that a teacher classifies right; nothing where nobody measured it."""
+    if name == "imagenet":
+        return 0.6976  # quoted: torchvision's resnet18, IMAGENET1K_V1, of the 50,000 validation images
+    with safe_open(BUILTIN_FILE if weights.name == BUILTIN else weights, "pt") as file:
+        accuracy = (file.metadata() or {}).get("test_accuracy")
+    return float(accuracy) if accuracy else None
 
 
 def settings(job: dict[str, Any], args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""Each command of the README and of docs/ runs, on the drawn data, but for those that say what they need."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+INSTALLS = "pip "  # the README's first screen: tried on a fresh machine, the second of the two by CI
+BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's shell blocks that need no more than this machine has."""
+    lines = [line for block in BLOCK.findall(page.read_text()) for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if "# needs" not in line and not line.startswith(INSTALLS)]
+
+
+@pytest.fixture
+def place(demo_root: Path, trained, exported: Path, tmp_path: Path) -> dict[str, str]:
+    """A working directory with what the pages name, and what their placeholders stand for."""
+    drawn = next(demo_root.glob("plate-*"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/screw").symlink_to(drawn)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/good").symlink_to(drawn / "train/good")
+    (tmp_path / "parts/bad").symlink_to(drawn / "test/dent")
+    return {
+        "DIR": "data",
+        "parts": "parts",
+        "CKPT": str(trained[2]),
+        "MODEL.xml": str(exported),
+        "IMAGES": str(drawn / "test/good"),
+        "FILE": str(ROOT / "stpm_plugin/builtin_teacher.safetensors"),
+    }
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(page: Path, place: dict[str, str]) -> None:
+    """One after the other, as a reader would type them, but for one pass and the small teacher."""
+    bin_first = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for line in commands(page):
+        command = re.sub(r"(?<![\w.-])(DIR|CKPT|MODEL\.xml|IMAGES|FILE)(?![\w.])", lambda m: place[m[1]], line)
+        if re.search(r"anomalib (train|fit) ", command) and "--model.help" not in command:
+            command += " --trainer.max_epochs 1 --trainer.enable_progress_bar false"
+            command += "" if "ckpt" in command or "teacher_weights" in command else " --model.teacher_weights builtin"
+        if "benchmarks." in command:
+            command += " --results results"
+        done = subprocess.run(
+            command, shell=True, capture_output=True, text=True, timeout=600, env=os.environ | bin_first, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{command}\n{(done.stdout + done.stderr)[-3000:]}"
+
+
+def test_links_lead_somewhere() -> None:
+    """Links of all pages to files of the repository."""
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"

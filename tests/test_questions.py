@@ -1,0 +1,74 @@
+"""Each of the paper's questions, asked of the drawn data in little, through the real command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from conftest import run
+
+from benchmarks.question_figures import separation
+from benchmarks.questions import SizedAUPRO
+
+ROOT = Path(__file__).parents[1]
+LITTLE = ("--size", "64", "--passes", "1", "--models", "STPM", "--shares", "50", "--levels", "layer1+layer2")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of rows for all questions."""
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.mark.parametrize(
+    ("question", "runs"), [("match", 2), ("scales", 1), ("teachers", 2), ("fewshot", 2), ("throughput", 1)]
+)
+def test_a_question_keeps_its_rows_and_draws_them(question: str, runs: int, kept: Path) -> None:
+    """The teacher that nobody made has a row that says how to make it."""
+    file = kept / "questions.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    asked = ("-m", "benchmarks.questions", question, *LITTLE, "--names", "random", "mnist", "--results", str(kept))
+    run(*asked, cwd=ROOT)
+    rows = {key: row for key, row in json.loads(file.read_text()).items() if key not in before}
+    assert len(rows) == runs
+    for row in rows.values():
+        assert {"versions", "date", "command"} <= row.keys() or "not made" in row["why"]
+    assert (kept / f"questions_{question}.png").exists()
+
+
+def test_figures_are_drawn_again_without_training(kept: Path) -> None:
+    """From what the questions before kept."""
+    figures = sorted(kept.glob("*.png"))
+    if not figures:
+        pytest.skip("draws what the tests before this one kept")
+    for figure in figures:
+        figure.unlink()
+    before = (kept / "questions.json").read_text()
+    run("-m", "benchmarks.questions", "figures", "--results", str(kept), cwd=ROOT)
+    assert sorted(kept.glob("*.png")) == figures
+    assert (kept / "questions.json").read_text() == before
+
+
+def test_pro_of_one_size_sees_no_other_defect() -> None:
+    """A small defect that is found and a large one that is not: PRO 1 of the small, far less of the large."""
+    mask = torch.zeros(1, 32, 32, dtype=torch.bool)
+    mask[0, 2:4, 2:4] = mask[0, 10:26, 10:26] = True
+    found = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0)) / 2
+    found[0, 0, 2:4, 2:4] = 1
+    batch = ImageBatch(image=torch.zeros(1, 3, 32, 32), gt_mask=mask, anomaly_map=found[:, 0])
+    small, large = (
+        SizedAUPRO(low, high, fields=["anomaly_map", "gt_mask"]) for low, high in [(0.0, 0.01), (0.01, 2.0)]
+    )
+    for metric in (small, large):
+        metric.update(batch)
+    assert small.compute() == pytest.approx(1, abs=1e-3)
+    assert large.compute() < 0.5
+
+
+def test_separation_is_the_area_under_the_curve() -> None:
+    """Two bins by hand: 3/4 of the anomalous pixels above half of the normal ones, ties for the rest."""
+    assert separation([0.5, 0.5], [0.25, 0.75]) == pytest.approx(0.625)
+    assert separation([1.0, 0.0], [0.0, 1.0]) == 1
