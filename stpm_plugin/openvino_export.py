@@ -32,8 +32,6 @@ CALIBRATION_IMAGES = 300  # NNCF's own default
 CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 FLOAT_REDUCTION = 4  # input pixels per position, along a side, up to which nothing is rounded
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors would compute in bfloat16
-
-
 MODEL_INFO = {"model_type": "AnomalyDetection", "task": "segmentation"}  # what OpenVINO Model API reads
 
 
@@ -171,7 +169,8 @@ def outside_the_backbones(model: ov.Model) -> list[str]:
     """Name the operations that stay in float: input, head, and what is not finer than a quarter of the image.
 
     What those first operations round runs through the whole network, and the finest level's distances come right from
-    them; they are a third of a ResNet-18's work.
+    them; they are a third of a ResNet-18's work. A network whose convolutions reduce no further (Swin, which merges
+    patches without any, or ``layer1`` alone) is rounded whole.
     """
     operations = model.get_ordered_ops()
     reduction: dict[str, int] = {}  # input pixels per position, of what comes from a convolution
@@ -185,7 +184,8 @@ def outside_the_backbones(model: ov.Model) -> list[str]:
         if any(t.get_type_name() in CONVOLUTIONS or t.get_friendly_name() in feeding for t in targets):
             feeding.add(node.get_friendly_name())
     convolutions = {node.get_friendly_name() for node in operations if node.get_type_name() in CONVOLUTIONS}
-    return [name for name in reduction if reduction[name] <= FLOAT_REDUCTION or name not in feeding | convolutions]
+    finest = FLOAT_REDUCTION if max(reduction.values()) > FLOAT_REDUCTION else 0
+    return [name for name in reduction if reduction[name] <= finest or name not in feeding | convolutions]
 
 
 class Scores(nn.Module):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from stpm_plugin import STPM, STPMPostProcessor
 from stpm_plugin.errors import STPMError
-from stpm_plugin.openvino_export import same_labels
+from stpm_plugin.openvino_export import outside_the_backbones, same_labels
 from stpm_plugin.score import Scorer
 
 SIZES = [(64, 64), (101, 77), (200, 131)]
@@ -140,6 +140,24 @@ def test_int8_rounds_the_backbones_alone_and_sets_thresholds_anew(trained, demo,
         torch.testing.assert_close(scores, exact, atol=0.2, rtol=0)
     else:  # three in four held-out good images pass, where the old threshold let none pass
         assert 0 < sum(labels) < len(labels)
+
+
+@pytest.mark.parametrize(("strides", "in_float"), [((4, 1, 2, 1), {0, 1}), ((4, 1), set())])
+def test_convolutions_up_to_a_quarter_of_the_size_stay_in_float(strides, in_float):
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    image = ops.parameter([1, 3, 64, 64], np.float32)
+    layer = ops.multiply(image, np.float32(0.5))
+    for index, stride in enumerate(strides):
+        weights = np.ones((3, 3, 1, 1), np.float32)
+        layer = ops.convolution(layer, weights, [stride] * 2, [0, 0], [0, 0], [1, 1])
+        layer.set_friendly_name(f"convolution {index}")
+    head = ops.reduce_mean(layer, np.array([1]), keep_dims=True)
+    head.set_friendly_name("head")
+    left = set(outside_the_backbones(ov.Model([head], [image])))
+    assert "head" in left
+    assert {name for name in left if name.startswith("conv")} == {f"convolution {index}" for index in in_float}
 
 
 def test_the_threshold_of_a_rounded_model_repeats_the_float_labels():
