@@ -165,6 +165,7 @@ class STPM(AnomalibModule):
         self._loader: DataLoader | None = None
         self._kept: FeatureCache | None = None
         self._chosen: Chosen | None = None
+        self._scores: list[float] = []  # held-out, of each epoch
         self._training_student: dict[str, Tensor] | None = None  # set while the chosen weights stand in for it
         self._limit_val_batches: int | float | None = None
         self._bf16 = False
@@ -215,7 +216,11 @@ class STPM(AnomalibModule):
         """
         if stage != "fit":
             return
-        self._chosen, self._data_seed = None, self.seed  # of this fit; a checkpoint to resume from is read later
+        self._chosen, self._scores, self._data_seed = (
+            None,
+            [],
+            self.seed,
+        )  # of this fit; a checkpoint to resume from is read later
         trainer, datamodule = self.trainer, self.trainer.datamodule
         if datamodule is None:
             msg = (
@@ -269,6 +274,7 @@ class STPM(AnomalibModule):
         if self.holdout:
             score = self._score_holdout()
             self.log("holdout_score", score, prog_bar=True)
+        self._scores.append(score)
         if not self.holdout or self._chosen is None or score < self._chosen.score:
             student = {name: tensor.clone() for name, tensor in self.model.student.state_dict().items()}
             self._chosen = Chosen(self.current_epoch, score, student)
@@ -396,6 +402,7 @@ class STPM(AnomalibModule):
             "data_seed": self._data_seed,
             "epoch": self._chosen.epoch,
             "score": self._chosen.score,
+            "scores": self._scores,
             "student": dict(self._training_student or self.model.student.state_dict()),
         }
         checkpoint["state_dict"].update(_prefixed(self._chosen.student))
@@ -415,7 +422,7 @@ class STPM(AnomalibModule):
             return
         names = state["student"].keys()
         chosen = {name: checkpoint["state_dict"][f"model.student.{name}"].clone() for name in names}
-        self._chosen = Chosen(state["epoch"], state["score"], chosen)
+        self._chosen, self._scores = Chosen(state["epoch"], state["score"], chosen), list(state.get("scores", []))
         checkpoint["state_dict"].update(_prefixed(state["student"]))
 
     # Helpers

@@ -11,13 +11,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from rich.progress import track
 from torchmetrics.functional.classification import binary_auroc
 
 from .errors import STPMError
 from .score import Scorer, find_images, read_images
+
+if TYPE_CHECKING:
+    from .lightning_model import STPM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,22 +46,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def compare(options: argparse.Namespace) -> int:
-    """Score each image with both, and print how far they differ."""
+def load(checkpoint: str) -> STPM:
+    """Load a trained model on the CPU, ready to score.
+
+    Raises:
+        STPMError: There is no such file.
+    """
     from .lightning_model import STPM
 
-    if not Path(options.checkpoint).is_file():
-        msg = f"the checkpoint {options.checkpoint} does not exist."
+    if not Path(checkpoint).is_file():
+        msg = f"the checkpoint {checkpoint} does not exist."
         raise STPMError(msg)
-    eager = STPM.load_from_checkpoint(options.checkpoint, map_location="cpu").eval()
+    return STPM.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+
+
+def tensor(image: np.ndarray) -> torch.Tensor:
+    """Turn an image as OpenCV reads it, (H, W, 3) BGR, into what a model takes: (1, 3, H, W) RGB in [0, 1]."""
+    return torch.from_numpy(image[:, :, ::-1].copy()).permute(2, 0, 1).unsqueeze(0) / 255
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Score each image with both, and print how far they differ."""
+    eager = load(options.checkpoint)
     scorer = Scorer(options.model, options.device, "latency", precision=options.precision)
     paths, broken = find_images(options.images), []
     before, after, labels_before, labels_after, defects = [], [], [], [], []
     read = read_images(track(paths, "scoring with both"), broken.append)
     for scored in scorer.score(read, maps=True):
-        image = torch.from_numpy(scored.image[:, :, ::-1].copy()).permute(2, 0, 1).unsqueeze(0) / 255
         with torch.inference_mode():
-            made = eager(image)
+            made = eager(tensor(scored.image))
         before.append(float(made.pred_score))
         after.append(scored.score)
         labels_before.append(None if made.pred_label is None else bool(made.pred_label))

@@ -1,0 +1,33 @@
+import cv2
+import torch
+from PIL import Image
+
+from stpm_plugin import STPM, explain
+
+
+def test_pictures_of_images_scores_and_training(trained, demo_root, tmp_path):
+    checkpoint = str(trained[2])
+    images = str(next(demo_root.glob("*/test")))
+    assert explain.main([checkpoint, images, "--out", "there", "--most", "3"]) == 0
+    names = sorted(path.name for path in (tmp_path / "there").iterdir())
+    assert names[-2:] == ["scores.png", "training.png"]
+    assert [name[:3] for name in names[:-2]] == ["00-", "01-", "02-"]
+    assert all(Image.open(tmp_path / "there" / name).width > 500 for name in names)
+    (tmp_path / "there/broken.png").write_bytes(b"no image")
+    assert explain.main([checkpoint, "there/broken.png", "--out", "there"]) == 2
+    assert explain.main(["missing.ckpt", images]) == 1
+
+
+def test_levels_multiply_to_the_map(trained, demo_root):
+    model = STPM.load_from_checkpoint(trained[2]).eval()
+    path = next(demo_root.glob("*/test/dent/*.png"))
+    image = cv2.imread(str(path))
+    levels = [torch.from_numpy(level) for level in explain.look(model, str(path), image).levels]
+    exact = model.model(model.pre_processor(explain.tensor(image))).anomaly_map[0, 0]
+    torch.testing.assert_close(torch.stack(levels).prod(0).pow(1 / len(levels)), exact.detach())
+
+
+def test_a_checkpoint_keeps_the_curve(trained):
+    kept = torch.load(trained[2], weights_only=True)["stpm"]
+    assert len(kept["scores"]) == 3
+    assert kept["scores"][kept["epoch"]] == min(kept["scores"]) == kept["score"]
