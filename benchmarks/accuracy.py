@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--stfpm-passes", type=int, default=100)
     parser.add_argument("--ray", metavar="ADDRESS", help="spread the runs over a Ray cluster")
-    parser.add_argument("--checkpoints", type=Path, help="folder to keep STPM's trained models in")
+    parser.add_argument("--checkpoints", type=Path, help="folder to keep the trained models in")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what is kept")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def run(job: dict[str, Any], teacher: Path, checkpoint: Path | None = None) -> d
 def one_by_one(wanted: dict[str, Any], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run here, one after the other."""
     for key, job in wanted.items():
-        kept = args.checkpoints if job["model"].startswith("STPM") else None
+        kept = args.checkpoints
         yield key, run(job, args.teacher.resolve(), kept and kept / f"{key.replace(', ', '-').replace(' ', '-')}.ckpt")
 
 
