@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from anomalib.data import MVTecAD
 from anomalib.metrics import AUPRO, AUROC
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur, normalize, resize
 
@@ -33,7 +33,26 @@ from stpm_plugin.torch_model import STPMModel
 from stpm_plugin.training_data import split
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
+USUAL = {  # of a student; the plugin's defaults may have come from here since
+    "seed": 0,
+    "batch": 2,
+    "lr": 1.6,
+    "passes": 15,
+    "hard_share": 1.0,
+    "weight_decay": 1e-4,
+    "holdout_share": 0.2,
+    "padding": "zeros",
+    "corrupted": 0.0,
+    "exact_statistics": False,
+}
 SIZE = (256, 256)
+HELP = {
+    "weight_decay": "of SGD, on all weights",
+    "holdout_share": "of the good training images; a twentieth is nearly all of them for training",
+    "padding": "of the convolutions of both networks: zeros, reflect or replicate",
+    "corrupted": "share of images that the student sees corrupted",
+    "exact_statistics": "compute BatchNorm's statistics over all images at the end",
+}
 Levels = list[Tensor]
 
 
@@ -43,17 +62,16 @@ def main() -> None:
     parser.add_argument("part", choices=["run", "table"])
     parser.add_argument("category", nargs="?", type=Path, help="folder in MVTec AD's layout")
     parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1.6)
-    parser.add_argument("--passes", type=int, default=15)
-    parser.add_argument("--hard-share", type=float, default=1.0)
-    parser.add_argument("--corrupted", type=float, default=0.0, help="share of images that the student sees corrupted")
+    for name, value in USUAL.items():
+        option = f"--{name.replace('_', '-')}"
+        kind = {"action": "store_true"} if value is False else {"type": type(value), "default": value}
+        parser.add_argument(option, **kind, help=HELP.get(name))
     args = parser.parse_args()
     if args.part == "run":
-        settings = {name: vars(args)[name] for name in ("seed", "batch", "lr", "passes", "hard_share", "corrupted")}
-        command = "python -m benchmarks.ablation run " + args.category.name
-        command += "".join(f" --{name.replace('_', '-')} {value}" for name, value in settings.items())
+        settings = {name: vars(args)[name] for name in USUAL}
+        command = f"python -m benchmarks.ablation run {args.category.name}"
+        for name, value in settings.items():
+            command += "" if value is False else f" --{name.replace('_', '-')} {value}".removesuffix(" True")
         row = {"category": args.category.name, **settings, **run(args), **environment(command)}
         RESULT.write_text(json.dumps([*rows(), row], indent=1))
     table()
@@ -69,13 +87,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     data = MVTecAD(root=args.category.resolve().parent, category=args.category.name, num_workers=0)
     data.setup()
-    parts = split(len(data.train_data), 0.2, args.seed)
+    parts = split(len(data.train_data), args.holdout_share, args.seed)
     model = STPMModel("resnet18.tv_in1k")
     load_teacher(model.teacher, "resnet18.tv_in1k", str(args.teacher))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and args.padding != "zeros":
+            module.padding_mode = args.padding
+            module._reversed_padding_repeated_twice = [side for side in reversed(module.padding) for _ in range(2)]
     images = torch.cat([image(data.train_data[place].image) for place in parts.train])
     kept = [torch.cat(level) for level in zip(*[model.teach(one) for one in images.split(8)], strict=True)]
     begin, student, steps = time.perf_counter(), model.student, args.passes * (len(images) // args.batch)
-    sgd = torch.optim.SGD(student.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
+    sgd = torch.optim.SGD(student.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, args.lr, total_steps=steps, cycle_momentum=False)
     student.train()
     for _ in range(args.passes):
@@ -89,6 +111,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             loss.backward()
             sgd.step()
             cycle.step()
+    if args.exact_statistics:
+        settle(student, images)
     student.eval()
     found = {"seconds": round(time.perf_counter() - begin)}
     good = levels(model, (data.train_data[place].image for place in parts.holdout))
@@ -99,6 +123,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found["heads"] = {name: measure(*head(test, good), masks, labels) for name, head in heads().items()}
     print(json.dumps(found, indent=1))
     return found
+
+
+@torch.no_grad()
+def settle(student: nn.Module, images: Tensor) -> None:
+    """Replace BatchNorm's running statistics by their means over images (N, 3, H, W)."""
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # a plain mean over the batches that follow
+    for batch in images.split(16):
+        student(batch.to(memory_format=torch.channels_last))
 
 
 def image(pixels: Tensor) -> Tensor:
@@ -134,6 +169,18 @@ def product(distances: Levels, weights: tuple[float, ...] = (1, 1, 1)) -> Tensor
     return (sum(w * log for w, log in zip(weights, logs, strict=True)) / sum(weights)).exp()
 
 
+def rooted(distances: Levels, root: int) -> Tensor:
+    """Geometric mean of the levels whose roots are upsampled instead of themselves; many for their logarithms."""
+    parts = [F.interpolate(level.pow(1 / root), SIZE, mode="bilinear").pow(root / 3) for level in distances]
+    return parts[0] * parts[1] * parts[2]
+
+
+def power_mean(test: Levels, good: Levels, power: float) -> Tensor:
+    """Power mean of the levels over their held-out means; towards 0 the geometric mean."""
+    parts = [F.interpolate(t / g.mean(), SIZE, mode="bilinear") for t, g in zip(test, good, strict=True)]
+    return torch.stack([part.clamp(min=1e-9).pow(power) for part in parts]).mean(0).pow(1 / power)
+
+
 def heads() -> dict[str, Callable[[Levels, Levels], tuple[Tensor, Tensor]]]:
     """Ways from test and held-out levels to anomaly maps (N, 1, 256, 256) and image scores (N,)."""
 
@@ -158,9 +205,12 @@ def heads() -> dict[str, Callable[[Levels, Levels], tuple[Tensor, Tensor]]]:
         )
     tried["score without a margin of 8"] = lambda test, _: cropped(product(test), 8)
     tried["over held-out mean by position"] = lambda test, good: scored(by_position(test, good))
-    tried["arithmetic mean over held-out means"] = lambda test, good: scored(
-        sum(F.interpolate(level / one.mean(), SIZE, mode="bilinear") for level, one in zip(test, good, strict=True))
-    )
+    for root in (3, 30):
+        tried[f"roots upsampled, {root}th"] = lambda test, _, root=root: scored(rooted(test, root), 0.003)
+    for power in (1.0, -0.5, -1.0):
+        tried[f"power mean over held-out means, {power:g}"] = lambda test, good, power=power: scored(
+            power_mean(test, good, power), 0.003
+        )
     return tried
 
 
@@ -176,24 +226,18 @@ def measure(maps: Tensor, scores: Tensor, masks: Tensor, labels: Tensor) -> list
 
 def table() -> None:
     """Write Markdown of what is kept: students first, then heads."""
-    named = ["category", "seed", "batch", "lr", "passes", "hard share", "corrupted", "held-out score", "s"]
-    lines = ["| " + " | ".join([*named, "image AUROC", "pixel AUROC", "PRO"]) + " |", "|---" * 12 + "|"]
+    named = ["category", *USUAL, "held-out score", "s", "image AUROC", "pixel AUROC", "PRO"]
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in named) + " |", "|---" * len(named) + "|"]
     for row in rows():
-        cells = [
-            row[name]
-            for name in ("category", "seed", "batch", "lr", "passes", "hard_share", "corrupted", "holdout", "seconds")
-        ]
-        lines.append("| " + " | ".join(map(str, [*cells, *row["heads"]["geometric mean, maximum"]])) + " |")
+        cells = [row["category"], *({**USUAL, **row}[name] for name in USUAL), row["holdout"], row["seconds"]]
+        lines.append("| " + " | ".join(map(str, [*cells, *row["heads"]["score: highest 0.30%"]])) + " |")
     lines.append("\nHeads, of the same students (image AUROC / pixel AUROC / PRO):\n")
-    shown = [row for row in rows() if row["hard_share"] == 0.2 and row["seed"] == 0]
-    lines += [
-        "| head | " + " | ".join(f"{r['category']}, {r['passes']} passes" for r in shown) + " |",
-        "|---" * (len(shown) + 1) + "|",
-    ]
+    shown = [row for row in rows() if "power mean over held-out means, -1" in row["heads"]]
+    students = [f"{r['category']}, seed {r['seed']}, wd {r['weight_decay']:g}, {r['passes']} passes" for r in shown]
+    lines += [f"| head | {' | '.join(students)} |", "|---" * (len(shown) + 1) + "|"]
     for name in heads():
-        lines.append(
-            f"| {name} | " + " | ".join(" / ".join(f"{v:.4f}" for v in row["heads"][name]) for row in shown) + " |"
-        )
+        cells = [" / ".join(f"{value:.4f}" for value in row["heads"][name]) for row in shown]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     RESULT.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
