@@ -50,7 +50,7 @@ LAYERS = ("layer1", "layer2", "layer3")
 SUBSETS = [[name for bit, name in enumerate(LAYERS) if number >> bit & 1] for number in range(1, 8)]
 TEACHERS = ("imagenet", "cifar10", "cifar100", "cifar10_shuffled", "mnist", "svhn", "random")
 SHARES = {5: 5, 10: 5, 20: 1, 50: 1, 100: 1}  # per cent of the normal training images: seeds
-PASSES = 15  # the defaults'; equal steps are PASSES / share
+PASSES = 12  # the defaults'; equal steps are PASSES / share
 SIZES = (256, 384, 512, 1024)
 GROUPS = ("training", "held out", "test, normal", "test, anomalous")
 THIRDS = ("small", "middle", "large")
@@ -294,7 +294,7 @@ def settings(job: dict[str, Any], args: argparse.Namespace, folder: Path) -> dic
         for third, low, high in zip(THIRDS, bounds, bounds[1:], strict=False)
     ]
     if job.get("distances"):
-        looks = sorted({1, 2, 3, 5, 8, 11, 15, 25, 50, 75, args.passes, job["passes"]})
+        looks = sorted({1, 2, 3, 5, 8, 12, 25, 50, 75, args.passes, job["passes"]})
         arguments = {"path": str(folder / "distances.json"), "passes": looks}
         run["callbacks"] = [{"class_path": "benchmarks.questions.Distances", "init_args": arguments}]
     return run
@@ -328,7 +328,7 @@ def thirds(source: Path) -> list[float]:
 def throughput(weights: str) -> dict[str, Any]:
     """Time one forward pass, image to score, at several sizes in turns; milliseconds."""
     del weights  # time does not depend on them
-    model = STPMModel("resnet18", LAYERS, score_share=0.003).eval()
+    model = STPMModel("resnet18", LAYERS, score_share=0.003, level_power=-0.25).eval()
     images = {size: torch.randn(1, 3, size, size).to(memory_format=torch.channels_last) for size in SIZES}
     times: dict[int, list[float]] = {size: [] for size in SIZES}
     for turn in range(11):

@@ -35,6 +35,8 @@ RECIPE = {
     "schedule": "one-cycle",
     "hard_share": 1.0,
     "score_share": 0.0,
+    "level_power": 0.0,
+    "holdout": 0.2,
     "seed": 0,
 }
 LAYERS = ["layer1", "layer2", "layer3"]

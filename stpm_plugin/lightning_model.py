@@ -34,7 +34,7 @@ from torchvision.transforms.v2 import Resize
 
 from .errors import STPMError
 from .feature_cache import CacheMode, FeatureCache, open_cache
-from .matching import anomaly_map, matching_loss
+from .matching import anomaly_map, level_means, matching_loss
 from .pre_processing import STPMPreProcessor
 from .register import publish
 from .teacher_weights import load_teacher
@@ -87,6 +87,8 @@ class STPM(AnomalibModule):
         smoothing_sigma: Standard deviation of a Gaussian over the anomaly map, pixels; 0 for none.
         score_share: Share of the anomaly map, its highest values, whose mean is the image score; 0 for its maximum, as
             in the paper.
+        level_power: Power of the mean over the levels' distances, each over its mean on held-out normal images, in
+            [-4, 0]: below 0 the levels that see less count more; 0 for the paper's product.
         hard_share: Share of the positions in a batch, those of the largest distances, that train; 1 for all, as in
             the paper.
         lr: Learning rate of SGD, the highest of the schedule; 0.4 is the authors', for a batch of 32.
@@ -121,14 +123,15 @@ class STPM(AnomalibModule):
         image_size: tuple[int, int] = (256, 256),
         smoothing_sigma: float = 0.0,
         score_share: float = 0.003,
+        level_power: float = -0.25,
         hard_share: float = 0.2,
         lr: float = 1.6,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         schedule: Literal["constant", "one-cycle"] = "one-cycle",
-        epochs: int = 15,
+        epochs: int = 12,
         batch_size: int | None = 2,
-        holdout: float = 0.2,
+        holdout: float = 0.05,
         cache: CacheMode = "auto",
         cache_dir: str | None = None,
         precision: Literal["auto", "trainer"] = "auto",
@@ -153,7 +156,7 @@ class STPM(AnomalibModule):
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            self.model = STPMModel(backbone, layers, smoothing_sigma, score_share)
+            self.model = STPMModel(backbone, layers, smoothing_sigma, score_share, level_power)
         self.backbone, self.teacher_weights = backbone, teacher_weights
         self.lr, self.momentum, self.weight_decay, self.hard_share = lr, momentum, weight_decay, hard_share
         self.schedule, self.epochs, self.batch_size, self.holdout = schedule, epochs, batch_size, holdout
@@ -272,12 +275,14 @@ class STPM(AnomalibModule):
         self._share_statistics()
         score = float("nan")
         if self.holdout:
-            score = self._score_holdout()
+            score, level_scales = self._score(self._split.holdout, len(self._split.train))
             self.log("holdout_score", score, prog_bar=True)
         self._scores.append(score)
         if not self.holdout or self._chosen is None or score < self._chosen.score:
             student = {name: tensor.clone() for name, tensor in self.model.student.state_dict().items()}
             self._chosen = Chosen(self.current_epoch, score, student)
+            if self.holdout:
+                self.model.level_scales.copy_(level_scales)  # always the chosen weights'
         if self.trainer.max_epochs > 0:
             started, first = self._started
             each = (time.monotonic() - started) / (self.current_epoch + 1 - first)
@@ -301,6 +306,8 @@ class STPM(AnomalibModule):
         self._use_chosen()
         if self.holdout:
             rank_zero_info(f"STPM: chose epoch {self._chosen.epoch}, held-out score {self._chosen.score:.4g}.")
+        else:
+            self.model.level_scales.copy_(self._score(self._split.train, 0)[1])
         if getattr(self.post_processor, "normal_quantile", None) is not None:
             self.post_processor.calibrate(self._holdout_image_scores())
         self._validate()
@@ -511,46 +518,54 @@ class STPM(AnomalibModule):
         del loss
         return sum(kept.values())
 
-    def _holdout_images(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Yield pre-processed held-out images (B, 3, H, W) and the teacher's unit vectors, for each level."""
+    def _normal_images(self, places: Sequence[int], start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield pre-processed images (B, 3, H, W) and the teacher's unit vectors, for each level.
+
+        Args:
+            places: Places in the training data.
+            start: Of the first of them in the cache, where the training images lie before the held-out ones.
+        """
         batch_size = self.batch_size or self._loader.batch_size
         if self._kept is None:
-            for batch in read(self._loader, self._split.holdout, batch_size):
+            for batch in read(self._loader, places, batch_size):
                 images = self._prepare(batch.image)
                 yield images, self.model.teach(images)
         else:
-            first = len(self._split.train)
-            for places in torch.arange(first, first + len(self._split.holdout)).split(batch_size):
-                images, teacher = self._kept.get(places)
+            for kept in torch.arange(start, start + len(places)).split(batch_size):
+                images, teacher = self._kept.get(kept)
                 yield self._prepare(images), [level.to(self.device) for level in teacher]
 
     @torch.no_grad()
-    def _holdout_pyramids(self) -> Iterator[tuple[list[Tensor], list[Tensor], tuple[int, int]]]:
-        """Yield both pyramids, (B, C_l, H_l, W_l) for each level, of this process's held-out images, and their size."""
+    def _pyramids(
+        self, places: Sequence[int], start: int
+    ) -> Iterator[tuple[list[Tensor], list[Tensor], tuple[int, int]]]:
+        """Yield both pyramids, (B, C_l, H_l, W_l) for each level, of normal images of this process, and their size."""
         self.model.eval()
-        for images, teacher in self._holdout_images():
+        for images, teacher in self._normal_images(places, start):
             with self._autocast():
                 student = self.model.student(images)
             yield teacher, student, tuple(images.shape[-2:])
         self.model.train()
 
-    def _score_holdout(self) -> float:
-        """Score the held-out normal images of all processes with the student as it is.
+    def _score(self, places: Sequence[int], start: int) -> tuple[float, Tensor]:
+        """Score normal images of all processes with the student as it is; arguments as :meth:`_normal_images` has them.
 
         Returns:
             The mean over images and positions of the levels' product, as the authors take it, brought back to the
-            scale of one distance, in [0, 2].
+            scale of one distance, in [0, 2]; and each level's mean distance (L,).
         """
-        sums, levels = torch.zeros(2, device=self.device), len(self.model.teacher.layers)
-        for pyramids in self._holdout_pyramids():
-            products = anomaly_map(*pyramids).pow(levels)
-            sums += torch.stack([products.mean((1, 2, 3)).sum(), products.new_tensor(len(products))])
-        total, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        return float((total / count).pow(1 / levels))
+        levels = len(self.model.teacher.layers)
+        sums = torch.zeros(levels + 2, device=self.device)
+        for teacher, student, size in self._pyramids(places, start):
+            product = anomaly_map(teacher, student, size).pow(levels).mean().unsqueeze(0)
+            sums += len(teacher[0]) * torch.cat([product.new_ones(1), product, level_means(teacher, student)])
+        count, product, *means = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        return float((product / count).pow(1 / levels)), (torch.stack(means) / count).clamp(min=torch.finfo().tiny)
 
     def _holdout_image_scores(self) -> Tensor:
         """Return the image scores (N,) of the held-out normal images of all processes."""
-        scores = [self.model.score(*pyramids).pred_score for pyramids in self._holdout_pyramids()]
+        pyramids = self._pyramids(self._split.holdout, len(self._split.train))
+        scores = [self.model.score(*each).pred_score for each in pyramids]
         own = torch.cat(scores) if scores else torch.empty(0, device=self.device)
         most = -(-self._split.held // self.trainer.world_size)  # processes hold out one image more or less
         padded = F.pad(own, (0, most - len(own)), value=torch.nan)

@@ -6,11 +6,14 @@ arXiv 2103.04257, equations 1 to 4.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+LEAST = 1e-6  # of a level's normal distance: keeps negative powers finite, in half precision too
 
 
 def normalize(features: Tensor) -> Tensor:
@@ -61,26 +64,48 @@ def mean_of_largest(values: Tensor, share: float) -> Tensor:
     return values.flatten().topk(max(1, round(share * values.numel())), sorted=False).values.mean()
 
 
-def anomaly_map(teacher: Sequence[Tensor], student: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """The levels' distances, upsampled and multiplied, on the scale of one distance.
+def anomaly_map(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    size: tuple[int, int],
+    power: float = 0.0,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """The levels' distances, upsampled and averaged, on the scale of one distance.
 
-    The paper multiplies the levels; here the product's L-th root is taken, their geometric mean. The order of all
-    scores, so AUROC and PRO, is the product's, and the values survive half precision and look right as colours.
+    With a ``power`` of 0 the mean is the geometric one: the paper multiplies the levels, and here the product's root
+    is taken. The order of all scores, so AUROC and PRO, is the product's, and the values survive half precision and
+    look right as colours. Below 0 it is a power mean of the levels over their ``scales``, upsampled as powers, so
+    that the lower levels and positions count more: what is anomalous is so at all levels, and a coarse level's halo
+    around a defect counts less.
 
     Args:
         teacher: One map of unit vectors (B, C_l, H_l, W_l) for each level.
         student: One feature map (B, C_l, H_l, W_l) for each level.
         size: Height and width of the map, those of the images, pixels.
+        power: Power of the mean, at most 0.
+        scales: Mean distance of each level on normal images (L,), as :func:`level_means` gives them; for powers
+            below 0.
 
     Returns:
-        Anomaly map in [0, 2], (B, 1, H, W), float32.
+        Anomaly map in [0, 2], (B, 1, H, W), float32; a power mean is at most the geometric one.
     """
-    product = None
-    for t, s in zip(teacher, student, strict=True):
-        level = distance(t, s).unsqueeze(1)  # (B, 1, H_l, W_l)
-        level = F.interpolate(level, size=size, mode="bilinear", align_corners=False)  # (B, 1, H, W)
-        product = level if product is None else product * level
-    return product.pow(1 / len(teacher))
+    levels = [distance(t, s).unsqueeze(1) for t, s in zip(teacher, student, strict=True)]  # (B, 1, H_l, W_l)
+    if power:
+        relative = [(level / scale).clamp(min=LEAST) for level, scale in zip(levels, scales, strict=True)]
+        powers = [_upsample(level.pow(power), size) for level in relative]  # (B, 1, H, W)
+        return (sum(powers) / len(powers)).pow(1 / power) * scales.log().mean().exp()
+    product = functools.reduce(torch.mul, (_upsample(level, size) for level in levels))
+    return product.pow(1 / len(levels))
+
+
+def _upsample(level: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(level, size=size, mode="bilinear", align_corners=False)
+
+
+def level_means(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+    """Mean over batch and positions of each level's distances (L,), in [0, 2]."""
+    return torch.stack([distance(t, s).mean() for t, s in zip(teacher, student, strict=True)])
 
 
 def image_score(anomalies: Tensor, share: float, stride: int) -> Tensor:

@@ -22,9 +22,10 @@ class STPMModel(nn.Module):
         layers: Names or indices of the matched layers, from shallow to deep.
         smoothing_sigma: Standard deviation of a Gaussian over the anomaly map, pixels; 0 for none.
         score_share: Share of the anomaly map, its highest values, whose mean is the image score; 0 for its maximum.
+        level_power: Power of the mean over the levels, at most 0; 0 for the paper's product.
 
     Raises:
-        STPMError: ``smoothing_sigma`` or ``score_share`` is out of range, or the backbone or a layer does not exist.
+        STPMError: A number is out of range, or the backbone or a layer does not exist.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class STPMModel(nn.Module):
         layers: Sequence[str | int] = ("layer1", "layer2", "layer3"),
         smoothing_sigma: float = 0.0,
         score_share: float = 0.0,
+        level_power: float = 0.0,
     ) -> None:
         super().__init__()
         if smoothing_sigma < 0:
@@ -41,9 +43,13 @@ class STPMModel(nn.Module):
         if not 0 <= score_share <= 1:
             msg = f"score_share={score_share} must be a share of the anomaly map, or 0 for its maximum."
             raise STPMError(msg)
+        if not -4 <= level_power <= 0:
+            msg = f"level_power={level_power} must be 0 (the levels' product) or below, down to -4 (nearly the lowest)."
+            raise STPMError(msg)
         self.teacher = FrozenPyramid(backbone, layers)
         self.student = FeaturePyramid(backbone, layers)
-        self.smoothing_sigma, self.score_share = smoothing_sigma, score_share
+        self.smoothing_sigma, self.score_share, self.level_power = smoothing_sigma, score_share, level_power
+        self.register_buffer("level_scales", torch.ones(len(layers)))  # normal distances, once the student is trained
         self.to(memory_format=torch.channels_last)  # twice as fast on CPUs, and no slower elsewhere
 
     def teach(self, images: Tensor) -> list[Tensor]:
@@ -52,7 +58,7 @@ class STPMModel(nn.Module):
 
     def score(self, teacher: Sequence[Tensor], student: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
         """Turn two pyramids into the anomaly map (B, 1, H, W) and the image scores (B,), both in [0, 2]."""
-        anomalies = anomaly_map(teacher, student, size)
+        anomalies = anomaly_map(teacher, student, size, self.level_power, self.level_scales)
         if self.smoothing_sigma:
             reach = round(4 * self.smoothing_sigma)  # the Gaussian ends where it is 0.03 % of its height
             anomalies = gaussian_blur(anomalies, [2 * reach + 1] * 2, [self.smoothing_sigma] * 2)

@@ -20,6 +20,7 @@ MODEL = {
     "batch_size": None,
     "schedule": "constant",
     "lr": 0.1,
+    "holdout": 0.2,
 }
 
 NUMBERED = [(64, 64), (64, 64), (101, 77), (64, 64), (200, 131)]  # sizes of the numbered images

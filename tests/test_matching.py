@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stpm_plugin.matching import anomaly_map, distance, image_score, matching_loss, normalize
+from stpm_plugin.matching import anomaly_map, distance, image_score, level_means, matching_loss, normalize
 
 
 def column(*values: float) -> torch.Tensor:
@@ -71,6 +71,22 @@ def test_one_level_is_its_distance_and_two_are_their_geometric_mean():
     two = anomaly_map([teacher, normalize(column(1.0, 0.0))], [student, column(-1.0, 0.0)], (1, 1))
     assert one.item() == pytest.approx(0.4, abs=1e-6)
     assert two.item() == pytest.approx((0.4 * 2.0) ** 0.5, abs=1e-6)
+
+
+def test_a_power_mean_of_levels_over_their_normal_distances():
+    teacher, student = [normalize(column(1.0, 0.0))] * 2, [column(0.6, 0.8), column(-1.0, 0.0)]
+    scales = torch.tensor([0.1, 0.5])  # distances 0.4 and 2: four times the normal one both
+    assert anomaly_map(teacher, student, (1, 1), -0.5, scales).item() == pytest.approx(4 * 0.05**0.5, abs=1e-6)
+    scales = torch.tensor([0.1, 0.125])  # four and sixteen times: ((1/2 + 1/4) / 2) ** -2 = 64/9, where the root is 8
+    assert anomaly_map(teacher, student, (1, 1), -0.5, scales).item() == pytest.approx(64 / 9 * 0.0125**0.5, abs=1e-6)
+    assert anomaly_map(teacher, student, (1, 1), -1e-4, scales).item() == pytest.approx(0.8**0.5, abs=1e-3)
+    assert level_means(teacher, student).tolist() == pytest.approx([0.4, 2.0], abs=1e-6)
+
+
+def test_equal_features_have_a_small_and_finite_map():
+    teacher = [normalize(torch.ones(1, 4, 2, 2))] * 2
+    found = anomaly_map(teacher, teacher, (4, 4), -0.5, torch.tensor([0.1, 0.1]))
+    assert 0 <= found.min() <= found.max() <= 1e-6
 
 
 def test_a_two_by_two_map_upsampled():

@@ -188,14 +188,15 @@ def test_the_lowest_holdout_score_is_chosen(demo, tmp_path, monkeypatch):
     scores = iter([0.5, 0.2, 0.4])
     seen = []
 
-    def score(self):
+    def score(self, places, start):
         seen.append(student(self).clone())
-        return next(scores)
+        return next(scores), torch.full((3,), float(len(seen)))
 
-    monkeypatch.setattr(STPM, "_score_holdout", score)
+    monkeypatch.setattr(STPM, "_score", score)
     _, model = fit(demo, tmp_path, 3)
     assert model._chosen.epoch == 1
     assert torch.equal(student(model), seen[1])
+    assert model.model.level_scales.tolist() == [2.0] * 3
     assert list(scores) == []
 
 
@@ -236,6 +237,7 @@ def test_users_validation_changes_no_weights(trained, demo, tmp_path):
 def test_holdout_of_zero_takes_the_last_epoch(demo, tmp_path):
     _, model = fit(demo, tmp_path, 2, holdout=0)
     assert model._chosen.epoch == 1
+    assert 0 < model.model.level_scales.min() <= model.model.level_scales.max() < 1  # of the training images
 
 
 def test_a_second_fit_chooses_anew(demo, tmp_path):
