@@ -12,7 +12,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.questions import EDGES, GROUPS, LAYERS, SIZES, SUBSETS, TEACHERS, THIRDS
+from benchmarks.questions import EDGES, GROUPS, LAYERS, SUBSETS, TEACHERS, THIRDS
 
 Row = dict[str, Any]
 METRICS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_AUPRO": "PRO"}
@@ -223,8 +223,8 @@ def fewshot(rows: list[Row]) -> plt.Figure:
 def throughput(rows: list[Row]) -> plt.Figure:
     """Time of one pass over the number of pixels."""
     times = rows[0]["milliseconds"]
-    pixels = [size**2 / 1e6 for size in SIZES]
-    means = [mean(times[str(size)] if str(size) in times else times[size]) for size in SIZES]
+    pixels = [int(size) ** 2 / 1e6 for size in times]
+    means = [mean(each) for each in times.values()]
     figure, axis = plt.subplots(figsize=(5, 3.2))
     axis.plot(pixels, means, "o-", color=COLOURS[0], label="measured")
     axis.plot(pixels, [means[0] * p / pixels[0] for p in pixels], "--", color="grey", label="in proportion to pixels")

@@ -51,7 +51,6 @@ SUBSETS = [[name for bit, name in enumerate(LAYERS) if number >> bit & 1] for nu
 TEACHERS = ("imagenet", "cifar10", "cifar100", "cifar10_shuffled", "mnist", "svhn", "random")
 SHARES = {5: 5, 10: 5, 20: 1, 50: 1, 100: 1}  # per cent of the normal training images: seeds
 PASSES = 12  # the defaults'; equal steps are PASSES / share
-SIZES = (256, 384, 512, 1024)
 GROUPS = ("training", "held out", "test, normal", "test, anomalous")
 THIRDS = ("small", "middle", "large")
 EDGES = torch.logspace(-4, 0.31, 121)  # of distances, up to 2
@@ -154,6 +153,8 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=list(TEACHERS), help="of the teachers")
     parser.add_argument("--passes", type=int, default=PASSES, help="over all images; another number for a trial")
     parser.add_argument("--size", type=int, default=256, help="of the images, pixels")
+    parser.add_argument("--most", type=int, default=40, help="images of a group that `match` looks at")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[256, 384, 512, 1024], help="of `throughput`, pixels")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what is kept")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
@@ -182,7 +183,7 @@ def answer(question: str, args: argparse.Namespace, folder: Path) -> None:
     """Run what the question lacks."""
     if question == "throughput":
         if question not in rows(args.results):
-            save(args.results, question, throughput(args.teacher) | environment("python -m benchmarks.questions"))
+            save(args.results, question, throughput(args.sizes) | environment("python -m benchmarks.questions"))
         return
     wanted = {name_of(job): job for job in jobs(question, args, folder)}
     wanted = {key: job for key, job in wanted.items() if key not in rows(args.results)}
@@ -267,8 +268,8 @@ def settings(job: dict[str, Any], args: argparse.Namespace, folder: Path) -> dic
     """Say a run in the words of :func:`benchmarks.training_speed.train`."""
     run = {"model": job["model"], "category": job["category"], "seed": job["seed"], "size": job["size"]}
     if job["data"] == "demo":
-        share = round(40 * job["share"] / 100)
-        arguments = {"root": str(folder / "demo"), "train_images": share, "test_images": 4, "seed": job["seed"]}
+        share = round(20 * job["share"] / 100)
+        arguments = {"root": str(folder / "demo"), "train_images": share, "test_images": 2, "seed": job["seed"]}
         run["data"] = {"class_path": "stpm_plugin.DemoData", "init_args": arguments}
         run["root"] = arguments["root"]
         areas = [0.001, 0.01]
@@ -295,7 +296,7 @@ def settings(job: dict[str, Any], args: argparse.Namespace, folder: Path) -> dic
     ]
     if job.get("distances"):
         looks = sorted({1, 2, 3, 5, 8, 12, 25, 50, 75, args.passes, job["passes"]})
-        arguments = {"path": str(folder / "distances.json"), "passes": looks}
+        arguments = {"path": str(folder / "distances.json"), "passes": looks, "most": args.most}
         run["callbacks"] = [{"class_path": "benchmarks.questions.Distances", "init_args": arguments}]
     return run
 
@@ -325,12 +326,11 @@ def thirds(source: Path) -> list[float]:
 
 
 @torch.inference_mode()
-def throughput(weights: str) -> dict[str, Any]:
-    """Time one forward pass, image to score, at several sizes in turns; milliseconds."""
-    del weights  # time does not depend on them
+def throughput(sizes: list[int]) -> dict[str, Any]:
+    """Time one forward pass, image to score, at several sizes in turns; milliseconds; with any weights, it is equal."""
     model = STPMModel("resnet18", LAYERS, score_share=0.003, level_power=-0.25).eval()
-    images = {size: torch.randn(1, 3, size, size).to(memory_format=torch.channels_last) for size in SIZES}
-    times: dict[int, list[float]] = {size: [] for size in SIZES}
+    images = {size: torch.randn(1, 3, size, size).to(memory_format=torch.channels_last) for size in sizes}
+    times: dict[int, list[float]] = {size: [] for size in sizes}
     for turn in range(11):
         for size, image in images.items():
             begin = time.perf_counter()

@@ -15,6 +15,7 @@ from benchmarks.questions import SizedAUPRO
 
 ROOT = Path(__file__).parents[1]
 LITTLE = ("--size", "64", "--passes", "1", "--models", "STPM", "--shares", "50", "--levels", "layer1+layer2")
+LITTLE += ("--most", "3", "--sizes", "64", "128")
 
 
 @pytest.fixture(scope="module")
