@@ -115,6 +115,8 @@ class STPM(AnomalibModule):
         STPMError: An argument is out of range, or the backbone or a layer does not exist.
     """
 
+    model: STPMModel
+
     def __init__(
         self,
         backbone: str = "resnet18.tv_in1k",

@@ -28,6 +28,10 @@ class STPMModel(nn.Module):
         STPMError: A number is out of range, or the backbone or a layer does not exist.
     """
 
+    teacher: FrozenPyramid
+    student: FeaturePyramid
+    level_scales: Tensor
+
     def __init__(
         self,
         backbone: str = "resnet18.tv_in1k",
