@@ -55,6 +55,7 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {  # exported file, OpenVINO's
     "eager, channels-last": ("", {}),
     "ONNX Runtime": ("stpm/weights/onnx/model.onnx", {}),
     "OpenVINO FP32": ("stpm/weights/openvino/model.xml", FLOAT32),
+    "OpenVINO FP32, plain head": ("stpm-plain/weights/openvino/model.xml", FLOAT32),
     "OpenVINO bf16": ("stpm/weights/openvino/model.xml", BFLOAT16),
     "OpenVINO FP16 file, bf16": ("stpm-fp16/weights/openvino/model.xml", BFLOAT16),
     "OpenVINO INT8, rest float32": ("stpm-int8/weights/openvino/model.xml", FLOAT32),
@@ -131,6 +132,9 @@ def export(args: argparse.Namespace, category: str) -> None:
         for target, compression in [("stpm-fp16", "fp16"), ("stpm-int8", "int8_ptq")]:
             stpm.to_openvino(folder / target, input_size=size, compression_type=compression, datamodule=data)
         torch.save(stpm.state_dict(), folder / "stpm.pt")
+        stpm.model.level_power = stpm.model.score_share = 0.0  # the levels' product, and its maximum
+        stpm.to_openvino(folder / "stpm-plain", input_size=size)
+    stpm = STPM.load_from_checkpoint(checkpoint(args, category), map_location="cpu").eval()
     plain = args.work / category / "stpm-plain-int8"
     AnomalibModule.to_openvino(stpm, plain, compression_type="int8_ptq", datamodule=data)
 
