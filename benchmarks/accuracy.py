@@ -95,7 +95,8 @@ def run(job: dict[str, Any], teacher: Path, checkpoint: Path | None = None) -> d
         if checkpoint:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             next(Path(folder, "run").rglob("model.ckpt")).replace(checkpoint)
-    return {**job, **row, **environment("python -m benchmarks.accuracy")}
+    kept = {name: value for name, value in job.items() if name != "root"}  # a path of this machine
+    return {**kept, **row, **environment("python -m benchmarks.accuracy")}
 
 
 def one_by_one(wanted: dict[str, Any], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:

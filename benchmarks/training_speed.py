@@ -129,6 +129,7 @@ def rows() -> dict[str, dict[str, Any]]:
 
 def save(key: str, row: dict[str, Any]) -> None:
     """Keep a row."""
+    row = {name: value for name, value in row.items() if name != "root"}  # a path of this machine
     RESULT.write_text(json.dumps({**rows(), key: row | environment("python -m benchmarks.training_speed")}, indent=1))
     print(key, json.dumps({name: row.get(name) for name in ("pass_seconds", "fit_seconds", "metrics")}), flush=True)
 
