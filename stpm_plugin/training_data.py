@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from anomalib.data import ImageBatch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -20,6 +21,8 @@ from .errors import STPMError
 
 # Transforms that give the same image every time. Anything else counts as augmentation.
 DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Normalize, v2.ToDtype, v2.Grayscale, v2.Pad, v2.Identity)
+
+DEEP = {"I", "I;16", "I;16B", "I;16L", "F"}  # Pillow's grey modes of more than 8 bits
 
 
 @dataclass
@@ -100,6 +103,15 @@ class _Unreadable(NamedTuple):
     reason: str
 
 
+def _mode(path: str) -> str:
+    """Pillow's name of an image's pixel format; nothing where another reader is needed. Reads the file's head only."""
+    try:
+        with Image.open(path) as image:
+            return image.mode
+    except OSError:
+        return ""
+
+
 class _Readable(Dataset):
     """A data set whose broken files become values, since an exception loses its words on the way from a worker."""
 
@@ -110,11 +122,14 @@ class _Readable(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, place: int) -> Any:
+        samples = getattr(self.dataset, "samples", None)
+        path = f"number {place}" if samples is None else samples.image_path.iloc[place]
         try:
-            return self.dataset[place]
+            item = self.dataset[place]
+            if samples is not None and (mode := _mode(path)) in DEEP:
+                return _Unreadable(str(path), f"more than 8 bits of grey, {mode}, of which anomalib makes white")
+            return item
         except (OSError, ValueError, SyntaxError, RuntimeError) as error:
-            samples = getattr(self.dataset, "samples", None)
-            path = f"number {place}" if samples is None else samples.image_path.iloc[place]
             return _Unreadable(str(path), str(error).splitlines()[0] if str(error) else type(error).__name__)
 
 

@@ -8,8 +8,10 @@ import cv2
 import numpy as np
 import pytest
 from anomalib.data import PredictDataset
+from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from conftest import NUMBERED, run
+from PIL import Image
 
 from stpm_plugin import score
 from stpm_plugin.errors import STPMError
@@ -18,6 +20,24 @@ from stpm_plugin.errors import STPMError
 def rows(path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "rotated", "animated"])
+def test_pixels_are_those_of_training(tmp_path, mode):
+    """anomalib's reader, by which training sees images, and the one here, for each kind of file that both take."""
+    drawn = np.add.outer(np.arange(48), 2 * np.arange(64)).astype(np.uint8)
+    colours = Image.fromarray(np.stack([drawn, drawn[::-1], drawn[:, ::-1]], -1))
+    path, options = tmp_path / ("image.jpg" if mode in ("CMYK", "rotated") else "image.png"), {}
+    if mode == "rotated":
+        options["exif"] = colours.getexif()
+        options["exif"][274] = 6  # the camera was turned by a right angle
+    elif mode == "animated":
+        options |= {"save_all": True, "append_images": [colours.transpose(Image.Transpose.ROTATE_180)]}
+    image = colours.convert(mode) if mode.isupper() or mode == "1" else colours
+    image.save(path, **options)
+    expected = np.asarray(read_image(path)) * 255
+    (_, read), *_ = score.read_images([str(path)], pytest.fail)
+    np.testing.assert_allclose(read[:, :, ::-1], expected, atol=1)  # CMYK is rounded in another way
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -3,12 +3,14 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import AnomalibDataset
 from anomalib.metrics import AUPRO, Evaluator
 from conftest import MODEL, TINY, anomalib, fit
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from torchvision.transforms import v2
 
 from stpm_plugin import STPM, DemoData
@@ -301,12 +303,20 @@ def test_untrained_model_is_refused(demo, tmp_path):
         Engine(default_root_dir=tmp_path, accelerator="cpu").test(STPM(**MODEL), datamodule=demo)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_image_is_named(tmp_path, workers):
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def deepen(path):
+    Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 257).save(path)
+
+
+@pytest.mark.parametrize(("workers", "spoil"), [(0, cut_off), (1, cut_off), (0, deepen)])
+def test_unreadable_image_is_named(tmp_path, workers, spoil):
     datamodule = DemoData(root=tmp_path / "data", **{**TINY, "num_workers": workers})
     datamodule.prepare_data()
     broken = sorted((tmp_path / "data").glob("*/train/good/*.png"))[3]
-    broken.write_bytes(broken.read_bytes()[:200])
+    spoil(broken)
     with pytest.raises(STPMError) as error:
         fit(datamodule, tmp_path / "run", 1)
     assert str(broken) in str(error.value)
