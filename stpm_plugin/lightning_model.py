@@ -221,11 +221,8 @@ class STPM(AnomalibModule):
         """
         if stage != "fit":
             return
-        self._chosen, self._scores, self._data_seed = (
-            None,
-            [],
-            self.seed,
-        )  # of this fit; a checkpoint to resume from is read later
+        self._chosen, self._scores = None, []  # of this fit; a checkpoint to resume from is read later
+        self._data_seed = self.seed
         trainer, datamodule = self.trainer, self.trainer.datamodule
         if datamodule is None:
             msg = (
