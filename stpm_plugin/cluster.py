@@ -6,6 +6,7 @@ started again, where there is room, and its images are scored again.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ class Cluster:
             raise STPMError(msg) from None
         Scorer(*settings)  # what is wrong with the model is said here, not by a worker
         try:
-            ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
+            ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             msg = f"no Ray cluster answers at {address!r} ({error}): start one with `ray start --head`, or --ray local."
             raise STPMError(msg) from None

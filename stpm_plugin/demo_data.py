@@ -42,6 +42,8 @@ class DemoData(AnomalibDataModule):
         seed: Seed of the drawing and of the split.
     """
 
+    seed: int  # never nothing, as anomalib's may be
+
     def __init__(
         self,
         root: Path | str = "./datasets/stpm_demo",
@@ -191,7 +193,12 @@ def _stain(part: Image.Image, rng: np.random.Generator) -> Image.Image:
         (x + rng.normal(0, radius / 2), y + rng.normal(0, radius / 2), radius * rng.uniform(0.4, 0.8)) for _ in range(6)
     ]
     color = (int(rng.integers(95, 125)), int(rng.integers(75, 95)), int(rng.integers(45, 65)), 255)
-    return _keep_shape(part, lambda pen: [_disc(pen, *blob, color) for blob in blobs])
+
+    def strokes(pen: ImageDraw.ImageDraw) -> None:
+        for blob in blobs:
+            _disc(pen, *blob, color)
+
+    return _keep_shape(part, strokes)
 
 
 def _plugged_hole(part: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -265,8 +272,8 @@ def _shade(part: Image.Image, bench: np.ndarray, light: np.ndarray, tint: np.nda
     """Lay a part with its shadow on the bench, under the lamp: (256, 256, 3), float, in [0, 255]."""
     pixels = np.asarray(part, dtype=np.float64)
     alpha = pixels[:, :, 3:] / 255
-    shadow = Image.fromarray(pixels[:, :, 3].astype(np.uint8)).filter(ImageFilter.GaussianBlur(4))
-    shadow = 1 - 0.5 * np.roll(np.asarray(shadow, dtype=np.float64), 3, axis=(0, 1)) / 255
+    blurred = Image.fromarray(pixels[:, :, 3].astype(np.uint8)).filter(ImageFilter.GaussianBlur(4))
+    shadow = 1 - 0.5 * np.roll(np.asarray(blurred, dtype=np.float64), 3, axis=(0, 1)) / 255
     ground = np.asarray(Image.fromarray(bench.astype(np.float32)).resize((SIDE, SIDE))) * shadow
     return (pixels[:, :, :3] * alpha + ground[:, :, None] * (1 - alpha)) * light[:, :, None] * tint
 

@@ -85,7 +85,7 @@ def draw_scores(scores: Sequence[float], folders: Sequence[str]) -> Figure:
     """Draw a histogram of image scores, by folder where one is named `good`, with the threshold."""
     figure = Figure(figsize=(5, 3), layout="constrained")
     axis = figure.subplots()
-    bins = np.linspace(0, max(1.0, *scores), 41)
+    bins = np.linspace(0, max(1.0, *scores), 41).tolist()
     if "good" in folders:
         good = np.array([folder == "good" for folder in folders])
         axis.hist(np.array(scores)[good], bins, color=NORMAL, alpha=0.7, label="good")

@@ -96,7 +96,7 @@ def open_cache(
     try:
         return FeatureCache(count, image, teacher, place)
     except OSError as error:
-        free = shutil.disk_usage(place).free / 2**30 if place.is_dir() else 0.0
+        free = shutil.disk_usage(place).free / 2**30 if isinstance(place, Path) and place.is_dir() else 0.0
         rank_zero_warn(
             f"STPM: the cache of {need / 2**30:.2f} GiB finds no room in {place} ({free:.2f} GiB free, "
             f"{error.strerror}): training goes on without it, slower. Point cache_dir at a larger disk to have it."

@@ -33,12 +33,14 @@ class FeaturePyramid(nn.Module):
             named twice or out of order.
     """
 
+    net: nn.Module
+
     def __init__(self, backbone: str, layers: Sequence[str | int]) -> None:
         super().__init__()
         names = [level["module"] for level in _create(backbone).feature_info.info]
         self.indices = _indices(backbone, layers, names)
-        self.net = _create(backbone, out_indices=self.indices)
-        info = self.net.feature_info
+        self.net = net = _create(backbone, out_indices=self.indices)
+        info = net.feature_info
         self.layers: list[str] = [names[index] for index in self.indices]
         self.channels: list[int] = info.channels()
         self.strides: list[int] = info.reduction()
@@ -89,8 +91,8 @@ class FrozenPyramid(FeaturePyramid):
         return super().forward(images)
 
 
-def _create(backbone: str, **arguments: Any) -> nn.Module:
-    """Build timm's ``features_only`` network, without weights."""
+def _create(backbone: str, **arguments: Any) -> Any:
+    """Build timm's ``features_only`` network, a module with ``feature_info``, without weights."""
     if not timm.is_model(backbone):
         near = ", ".join(timm.list_models(f"*{backbone.split('.')[0].split('_')[0]}*")[:5])
         hint = f"; near it: {near}" if near else ""

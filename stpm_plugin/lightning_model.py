@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
@@ -38,9 +38,9 @@ from .matching import anomaly_map, level_means, matching_loss
 from .pre_processing import STPMPreProcessor
 from .register import publish
 from .teacher_weights import load_teacher
-from .thresholds import STPMPostProcessor
+from .thresholds import STPMPostProcessor, from_normal_images
 from .torch_model import STPMModel
-from .training_data import Split, TrainingBatch, TrainingBatches, augments, check_normal, read, split
+from .training_data import Split, TrainingBatch, TrainingBatches, augments, check_normal, images_of, read, split
 
 LIGHTNING_DEFAULT_EPOCHS = 1000  # what Trainer(max_epochs=None) turns into
 CHECKPOINT_KEY = "stpm"
@@ -116,6 +116,9 @@ class STPM(AnomalibModule):
     """
 
     model: STPMModel
+    post_processor: PostProcessor | None
+    _loader: DataLoader  # this and the split are there once a fit has drawn its batches
+    _split: Split
 
     def __init__(
         self,
@@ -166,8 +169,6 @@ class STPM(AnomalibModule):
 
         self._teacher_ready = False  # weights are read when fit starts, so that a checkpoint never needs their source
         self._data_seed: int | None = None
-        self._split: Split | None = None
-        self._loader: DataLoader | None = None
         self._kept: FeatureCache | None = None
         self._chosen: Chosen | None = None
         self._scores: list[float] = []  # held-out, of each epoch
@@ -198,7 +199,7 @@ class STPM(AnomalibModule):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """anomalib's, and a last word where a process of several is lost."""
-        return [*super().configure_callbacks(), LostProcess()]
+        return [*cast("Sequence[Callback]", super().configure_callbacks()), LostProcess()]
 
     def configure_optimizers(self) -> Any:
         """SGD on the student, at a constant rate or along one cycle over the whole run."""
@@ -223,7 +224,7 @@ class STPM(AnomalibModule):
             return
         self._chosen, self._scores = None, []  # of this fit; a checkpoint to resume from is read later
         self._data_seed = self.seed
-        trainer, datamodule = self.trainer, self.trainer.datamodule
+        trainer, datamodule = self.trainer, self._datamodule
         if datamodule is None:
             msg = (
                 "STPM holds out and keeps training images itself: pass Engine.fit a datamodule instead of data loaders."
@@ -243,8 +244,9 @@ class STPM(AnomalibModule):
         """Give the datamodule its own loader back and let go of what was kept."""
         if stage == "fit":
             self._use_chosen()
-            vars(self.trainer.datamodule).pop("train_dataloader", None)
-            self._loader = self._kept = self._training_student = None
+            vars(self._datamodule).pop("train_dataloader", None)
+            vars(self).pop("_loader", None)
+            self._kept = self._training_student = None
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> STEP_OUTPUT:
         """Match the teacher's unit vectors on a batch of normal images (B, 3, H, W).
@@ -252,9 +254,10 @@ class STPM(AnomalibModule):
         Raises:
             STPMError: The loss is not finite.
         """
-        teacher = batch.teacher or self.model.teach(batch.image)
+        images = images_of(batch)
+        teacher = batch.teacher or self.model.teach(images)
         with self._autocast():
-            student = self.model.student(batch.image)
+            student = self.model.student(images)
         loss = matching_loss(teacher, student, self.hard_share)
         if not torch.isfinite(loss):
             msg = (
@@ -262,7 +265,7 @@ class STPM(AnomalibModule):
                 "The last checkpoint holds the weights chosen so far."
             )
             raise STPMError(msg)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
         return loss
 
     def on_train_start(self) -> None:
@@ -282,10 +285,11 @@ class STPM(AnomalibModule):
             self._chosen = Chosen(self.current_epoch, score, student)
             if self.holdout:
                 self.model.level_scales.copy_(level_scales)  # always the chosen weights'
-        if self.trainer.max_epochs > 0:
+        epochs = self.trainer.max_epochs or 0
+        if epochs > 0:
             started, first = self._started
             each = (time.monotonic() - started) / (self.current_epoch + 1 - first)
-            left = each * (self.trainer.max_epochs - self.current_epoch - 1)
+            left = each * (epochs - self.current_epoch - 1)
             self.log("minutes_left", left / 60, prog_bar=True, logger=False)
 
     def on_validation_start(self) -> None:
@@ -307,7 +311,7 @@ class STPM(AnomalibModule):
             rank_zero_info(f"STPM: chose epoch {self._chosen.epoch}, held-out score {self._chosen.score:.4g}.")
         else:
             self.model.level_scales.copy_(self._score(self._split.train, 0)[1])
-        if getattr(self.post_processor, "normal_quantile", None) is not None:
+        if from_normal_images(self.post_processor):
             self.post_processor.calibrate(self._holdout_image_scores())
         self._validate()
         self._use_chosen()
@@ -331,7 +335,7 @@ class STPM(AnomalibModule):
         """Refuse to predict with an untrained model."""
         self._require_teacher()
 
-    def to_openvino(
+    def to_openvino(  # type: ignore[override]  # what is not named here goes on to anomalib by keyword
         self,
         export_root: Path | str,
         model_file_name: str = "model",
@@ -384,7 +388,8 @@ class STPM(AnomalibModule):
                 raw = plain(folder, **arguments)
                 target = Path(export_root) / raw.relative_to(folder)
                 fixed = input_size or self._network_size
-                export_int8(raw, target, datamodule, self.holdout, self._data_seed, fixed, post_processor, drop)
+                seed = cast("int", self._data_seed)  # a trained model has one
+                export_int8(raw, target, datamodule, self.holdout, seed, fixed, post_processor, drop)
         finally:
             self.post_processor = post_processor
         describe(target)
@@ -436,8 +441,8 @@ class STPM(AnomalibModule):
     @staticmethod
     def _default_pre_processor(backbone: str, image_size: tuple[int, int]) -> PreProcessor:
         config = timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
-        statistics = {"mean": config.mean, "std": config.std} if config else {}
-        return STPMPreProcessor(image_size=tuple(image_size), **statistics)
+        statistics: dict[str, Any] = {"mean": config.mean, "std": config.std} if config else {}
+        return STPMPreProcessor(image_size=image_size, **statistics)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
@@ -455,7 +460,7 @@ class STPM(AnomalibModule):
     def _train_dataloader(self) -> TrainingBatches:
         """Split the datamodule's training images, keep them and the teacher's features, and draw batches from there."""
         self._ready_teacher()
-        trainer, datamodule = self.trainer, self.trainer.datamodule
+        trainer, datamodule = self.trainer, self._datamodule
         self._loader = loader = type(datamodule).train_dataloader(datamodule)
         check_normal(loader.dataset)
         if self._data_seed is None:
@@ -467,9 +472,18 @@ class STPM(AnomalibModule):
         if mode != "off" and augments(loader.dataset, self._transform):
             rank_zero_info("STPM: training images are augmented, so they and the teacher's features are made anew.")
             mode = "off"
-        batch_size = self.batch_size or loader.batch_size
-        self._kept = self._keep(mode, [*parts.train, *parts.holdout], batch_size) if mode != "off" else None
-        return TrainingBatches(loader, parts.train, batch_size, self._data_seed, self._kept)
+        self._kept = self._keep(mode, [*parts.train, *parts.holdout], self._batch_size) if mode != "off" else None
+        return TrainingBatches(loader, parts.train, self._batch_size, self._data_seed, self._kept)
+
+    @property
+    def _datamodule(self) -> Any:
+        """The trainer's datamodule, an attribute that Lightning does not declare."""
+        return getattr(self.trainer, "datamodule", None)
+
+    @property
+    def _batch_size(self) -> int:
+        """Images in a step."""
+        return self.batch_size or cast("int", self._loader.batch_size)
 
     @property
     def _transform(self) -> Any:
@@ -489,15 +503,16 @@ class STPM(AnomalibModule):
         total = -(-len(places) // batch_size)
         progress = track(batches, "reading images and teacher features", total, disable=not self.trainer.is_global_zero)
         for batch in progress:
-            teacher = self.model.teach(self._prepare(batch.image))
+            images = images_of(batch)
+            teacher = self.model.teach(self._prepare(images))
             if cache is None:
-                step = batch_size * self._activations(batch.image[:1])
-                example = batch.image[0], [level[0] for level in teacher]
+                step = batch_size * self._activations(images[:1])
+                example = images[0], [level[0] for level in teacher]
                 cache = open_cache(mode, self.cache_dir, len(places), *example, step, self.trainer.num_devices)
             if cache is None:
                 return None
-            cache.put(start, batch.image, teacher)
-            start += len(batch.image)
+            cache.put(start, images, teacher)
+            start += len(images)
         return cache
 
     def _activations(self, images: Tensor) -> int:
@@ -524,13 +539,12 @@ class STPM(AnomalibModule):
             places: Places in the training data.
             start: Of the first of them in the cache, where the training images lie before the held-out ones.
         """
-        batch_size = self.batch_size or self._loader.batch_size
         if self._kept is None:
-            for batch in read(self._loader, places, batch_size):
-                images = self._prepare(batch.image)
+            for batch in read(self._loader, places, self._batch_size):
+                images = self._prepare(images_of(batch))
                 yield images, self.model.teach(images)
         else:
-            for kept in torch.arange(start, start + len(places)).split(batch_size):
+            for kept in torch.arange(start, start + len(places)).split(self._batch_size):
                 images, teacher = self._kept.get(kept)
                 yield self._prepare(images), [level.to(self.device) for level in teacher]
 
@@ -543,7 +557,8 @@ class STPM(AnomalibModule):
         for images, teacher in self._normal_images(places, start):
             with self._autocast():
                 student = self.model.student(images)
-            yield teacher, student, tuple(images.shape[-2:])
+            height, width = images.shape[-2:]
+            yield teacher, student, (height, width)
         self.model.train()
 
     def _score(self, places: Sequence[int], start: int) -> tuple[float, Tensor]:
@@ -564,11 +579,11 @@ class STPM(AnomalibModule):
     def _holdout_image_scores(self) -> Tensor:
         """Return the image scores (N,) of the held-out normal images of all processes."""
         pyramids = self._pyramids(self._split.holdout, len(self._split.train))
-        scores = [self.model.score(*each).pred_score for each in pyramids]
+        scores = [cast("Tensor", self.model.score(*each).pred_score) for each in pyramids]
         own = torch.cat(scores) if scores else torch.empty(0, device=self.device)
         most = -(-self._split.held // self.trainer.world_size)  # processes hold out one image more or less
         padded = F.pad(own, (0, most - len(own)), value=torch.nan)
-        gathered = self.all_gather(padded).flatten()
+        gathered = cast("Tensor", self.all_gather(padded)).flatten()
         return gathered[~gathered.isnan()]
 
     def _share_statistics(self) -> None:
@@ -582,7 +597,7 @@ class STPM(AnomalibModule):
         """Run anomalib's validation epoch, which sets thresholds and normalisation."""
         if self._limit_val_batches is not None:
             self.trainer.limit_val_batches = self._limit_val_batches
-        if not self.trainer.enable_validation or not hasattr(self.trainer.datamodule, "val_data"):
+        if not self.trainer.enable_validation or not hasattr(self._datamodule, "val_data"):
             return  # val_split_mode=none
         self.trainer.validating = True
         self.trainer.fit_loop.epoch_loop.val_loop.run()

@@ -85,18 +85,19 @@ def anomaly_map(
         size: Height and width of the map, those of the images, pixels.
         power: Power of the mean, at most 0.
         scales: Mean distance of each level on normal images (L,), as :func:`level_means` gives them; for powers
-            below 0.
+            below 0; nothing for equal ones.
 
     Returns:
         Anomaly map in [0, 2], (B, 1, H, W), float32; a power mean is at most the geometric one.
     """
     levels = [distance(t, s).unsqueeze(1) for t, s in zip(teacher, student, strict=True)]  # (B, 1, H_l, W_l)
-    if power:
-        relative = [(level / scale).clamp(min=LEAST) for level, scale in zip(levels, scales, strict=True)]
-        powers = [_upsample(level.pow(power), size) for level in relative]  # (B, 1, H, W)
-        return (sum(powers) / len(powers)).pow(1 / power) * scales.log().mean().exp()
-    product = functools.reduce(torch.mul, (_upsample(level, size) for level in levels))
-    return product.pow(1 / len(levels))
+    if not power:
+        product = functools.reduce(torch.mul, (_upsample(level, size) for level in levels))  # (B, 1, H, W)
+        return product.pow(1 / len(levels))
+    scales = levels[0].new_ones(len(levels)) if scales is None else scales
+    relative = [(level / scale).clamp(min=LEAST) for level, scale in zip(levels, scales, strict=True)]
+    total = functools.reduce(torch.add, (_upsample(level.pow(power), size) for level in relative))  # (B, 1, H, W)
+    return (total / len(levels)).pow(1 / power) * scales.log().mean().exp()
 
 
 def _upsample(level: Tensor, size: tuple[int, int]) -> Tensor:

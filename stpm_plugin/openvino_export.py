@@ -11,6 +11,7 @@ import copy
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -18,7 +19,6 @@ import torch
 from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
 from anomalib.deploy import CompressionType
 from anomalib.post_processing import PostProcessor
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from torchvision.tv_tensors import Mask
 
-from .training_data import check_normal, read, split
+from .thresholds import from_normal_images
+from .training_data import check_normal, images_of, read, split
 
 CALIBRATION_IMAGES = 300  # NNCF's own default
 CONVOLUTIONS = {"Convolution", "GroupConvolution"}
@@ -52,7 +53,7 @@ class OpenVINOExport(Callback):
     ) -> None:
         self.compression_type, self.input_size, self.export_root = compression_type, input_size, export_root
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Export as `anomalib export` does."""
         if trainer.is_global_zero:
             root = self.export_root or trainer.default_root_dir
@@ -99,12 +100,12 @@ def export_int8(
     order = torch.randperm(len(parts.train), generator=torch.Generator().manual_seed(seed)).tolist()
     calibration = [parts.train[place] for place in order[:CALIBRATION_IMAGES]]
     places = (calibration, [] if max_drop is None else parts.holdout)
-    images, holdout = ([b.image.numpy() for b in fitting(read(loader, chosen, 1))] for chosen in places)
+    images, held = ([images_of(b).numpy() for b in fitting(read(loader, chosen, 1))] for chosen in places)
     exact = ov.Core().read_model(source)
-    model = quantize(exact, images, holdout, max_drop)
+    model = quantize(exact, images, held, max_drop)
     if post_processor is not None:
         post_processor = copy.deepcopy(post_processor)
-        if getattr(post_processor, "normal_quantile", None) is not None:
+        if from_normal_images(post_processor):
             set_thresholds(post_processor, model, exact, fitting(read(loader, parts.holdout, 1)))
         elif hasattr(datamodule, "val_data"):
             set_thresholds(post_processor, model, exact, fitting(datamodule.val_dataloader()))
@@ -237,23 +238,25 @@ def set_thresholds(post_processor: PostProcessor, model: ov.Model, exact: ov.Mod
         batches: Held-out normal images, if the post-processor has a ``normal_quantile``; else the validation set:
             images (B, 3, H, W) in [0, 1], labels, and masks where there are any.
     """
+    nobody: Any = None  # neither trainer nor model is looked at
     threshold = post_processor.image_threshold.clone()
-    adaptive = getattr(post_processor, "normal_quantile", None) is None
+    adaptive = not from_normal_images(post_processor)
     rounded, reference = (ov.compile_model(one, "CPU", FLOAT32) for one in (model, exact))
     scores, float_scores = [], []
     for batch in batches:
-        made = rounded(batch.image.numpy())
+        images = images_of(batch).numpy()
+        made = rounded(images)
         score, anomaly_map = (torch.from_numpy(made[name].copy()) for name in ("pred_score", "anomaly_map"))
         scores.append(score.reshape(-1))
         if adaptive:
-            float_scores.append(torch.from_numpy(reference(batch.image.numpy())["pred_score"].copy()).reshape(-1))
+            float_scores.append(torch.from_numpy(reference(images)["pred_score"].copy()).reshape(-1))
         if batch.gt_mask is not None:
             size = list(anomaly_map.shape[-2:])
             batch.update(gt_mask=resize(Mask(batch.gt_mask), size, InterpolationMode.NEAREST))
         batch.update(pred_score=scores[-1], anomaly_map=anomaly_map)
-        post_processor.on_validation_batch_end(None, None, batch)
-    post_processor.on_validation_epoch_end(None, None)
-    if not adaptive:
+        post_processor.on_validation_batch_end(nobody, nobody, batch)
+    post_processor.on_validation_epoch_end(nobody, nobody)
+    if from_normal_images(post_processor):
         post_processor.calibrate(torch.cat(scores))
     elif not threshold.isnan():
         post_processor._image_threshold.copy_(same_labels(torch.cat(float_scores), threshold, torch.cat(scores)))

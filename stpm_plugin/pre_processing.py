@@ -42,10 +42,11 @@ class STPMPreProcessor(PreProcessor):
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore the transform that a checkpoint describes, and its exported form."""
         super().load_checkpoint_config(config)
-        self.export_transform = exportable(self.transform, self.export_transform)
+        if self.transform is not None:
+            self.export_transform = exportable(self.transform, self.export_transform)
 
 
-def exportable(transform: Transform | None, fallback: Transform | None) -> nn.Module | None:
+def exportable(transform: Transform, fallback: Transform) -> nn.Module:
     """Replace each antialiased bilinear ``Resize`` to a fixed size by matrix products.
 
     Args:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -131,14 +131,14 @@ class Scorer:
         busy: deque[tuple[ov.InferRequest, list[str], np.ndarray]] = deque()
         for paths, batch in self._batches(images):
             if not idle:  # the oldest is done first, or nearly so
-                request, *asked = busy.popleft()
-                yield from self._answers(request, *asked, maps)
-                idle.append(request)
+                oldest = busy.popleft()
+                yield from self._answers(*oldest, maps)
+                idle.append(oldest[0])
             request = idle.popleft()
             request.start_async({0: batch})
             busy.append((request, paths, batch))
-        for request, *asked in busy:
-            yield from self._answers(request, *asked, maps)
+        for asked in busy:
+            yield from self._answers(*asked, maps)
 
     def _answers(self, request: ov.InferRequest, paths: list[str], batch: np.ndarray, maps: bool) -> Iterator[Scored]:
         """Wait for a request and yield what it says of each image of its batch (B, H, W, 3)."""
@@ -148,7 +148,7 @@ class Scorer:
         anomaly_maps = request.get_tensor("anomaly_map").data.copy() if maps else None
         for place, path in enumerate(paths):
             label = "" if labels is None else "anomalous" if labels[place] else "normal"
-            shown = (batch[place], anomaly_maps[place, 0]) if maps else ()
+            shown = (batch[place], anomaly_maps[place, 0]) if anomaly_maps is not None else ()
             yield Scored(path, float(scores[place]), label, request.latency / 1000, *shown)
 
     def _batches(self, images: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -177,7 +177,7 @@ def find_images(sources: Sequence[str]) -> list[str]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            files = path.rglob("*")
+            files: Iterable[Path] = path.rglob("*")
         elif path.is_file():
             files = [path]
         else:
@@ -211,14 +211,14 @@ def read_images(paths: Iterable[str], unreadable: Callable[[str], None]) -> Iter
         Paths and images (H, W, 3), BGR, uint8, as stored: a camera's rotation mark is not applied, as in training.
     """
     with ThreadPoolExecutor(DECODERS) as pool:
-        waiting = deque()
+        waiting: deque[tuple[str, Future[np.ndarray | None]] | None] = deque()
         for path in [*paths, *[None] * AHEAD]:
-            waiting.append((path, path and pool.submit(_decode, path)))
-            if len(waiting) > AHEAD:
-                name, image = waiting.popleft()
-                if name is not None and (pixels := image.result()) is not None:
+            waiting.append(None if path is None else (path, pool.submit(_decode, path)))
+            if len(waiting) > AHEAD and (oldest := waiting.popleft()):
+                name, image = oldest
+                if (pixels := image.result()) is not None:
                     yield name, pixels
-                elif name is not None:
+                else:
                     unreadable(name)
 
 
@@ -245,11 +245,11 @@ def open_csv(path: Path) -> tuple[IO[str], set[str]]:
         STPMError: The file is another CSV.
     """
     if path.exists() and path.stat().st_size:
-        with path.open("rb+") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-        with path.open(newline="") as file:
-            kept = list(csv.reader(file))
+        with path.open("rb+") as raw:
+            content = raw.read()
+            raw.truncate(content.rfind(b"\n") + 1)
+        with path.open(newline="") as text:
+            kept = list(csv.reader(text))
         if kept and tuple(kept[0]) != COLUMNS:
             msg = f"{path} is not a CSV of scores (its first row is not {','.join(COLUMNS)}): give --csv another file."
             raise STPMError(msg)
@@ -332,7 +332,7 @@ class Worker:
             unreadable: Called with the path of a file that is no image.
         """
         for scored in self.scorer.score(read_images(paths, unreadable), self.heatmaps is not None):
-            if scored.anomaly_map is not None:
+            if self.heatmaps and scored.image is not None and scored.anomaly_map is not None:
                 target = self.heatmaps / Path(scored.path).absolute().relative_to(self.root)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 cv2.imwrite(str(target.with_name(target.name + ".jpg")), overlay(scored.image, scored.anomaly_map))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from anomalib.post_processing import PostProcessor
@@ -77,7 +77,14 @@ class STPMPostProcessor(PostProcessor):
         if self.normal_quantile is None:
             super().on_validation_batch_end(*args, **kwargs)
 
-    def _normalize(self, preds: Tensor | None, norm_min: Tensor, norm_max: Tensor, threshold: Tensor) -> Tensor | None:
+    def _normalize(  # type: ignore[override]  # anomalib's is static, and called on the instance
+        self, preds: Tensor | None, norm_min: Tensor, norm_max: Tensor, threshold: Tensor
+    ) -> Tensor | None:
         if preds is None or self.normal_quantile is None:
             return super()._normalize(preds, norm_min, norm_max, threshold)
         return torch.where(torch.isnan(threshold), preds, preds / (preds + threshold))
+
+
+def from_normal_images(post_processor: object) -> TypeGuard[STPMPostProcessor]:
+    """Whether a post-processor takes its thresholds from normal images alone."""
+    return getattr(post_processor, "normal_quantile", None) is not None

@@ -71,4 +71,5 @@ class STPMModel(nn.Module):
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Map normalised images (B, 3, H, W) to anomaly maps (B, 1, H, W) and image scores (B,), both in [0, 2]."""
-        return self.score(self.teach(images), self.student(images), tuple(images.shape[-2:]))
+        height, width = images.shape[-2:]
+        return self.score(self.teach(images), self.student(images), (height, width))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import Batch, ImageBatch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -30,6 +30,11 @@ class TrainingBatch(ImageBatch):
     """A batch of normal images (B, 3, H, W) and, where they are kept, the teacher's unit vectors (B, C_l, H_l, W_l)."""
 
     teacher: list[Tensor] | None = None
+
+
+def images_of(batch: Batch) -> Tensor:
+    """Images (B, 3, H, W) of a batch; anomalib's types call every field optional."""
+    return cast("Tensor", batch.image)
 
 
 class Split(NamedTuple):

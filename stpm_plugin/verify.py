@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ def load(checkpoint: str) -> STPM:
     if not Path(checkpoint).is_file():
         msg = f"the checkpoint {checkpoint} does not exist."
         raise STPMError(msg)
-    return STPM.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    return cast("STPM", STPM.load_from_checkpoint(checkpoint, map_location="cpu")).eval()
 
 
 def tensor(image: np.ndarray) -> torch.Tensor:
@@ -69,12 +69,13 @@ def compare(options: argparse.Namespace) -> int:
     """Score each image with both, and print how far they differ."""
     eager = load(options.checkpoint)
     scorer = Scorer(options.model, options.device, "latency", precision=options.precision)
-    paths, broken = find_images(options.images), []
+    paths = find_images(options.images)
+    broken: list[str] = []
     before, after, labels_before, labels_after, defects = [], [], [], [], []
     read = read_images(track(paths, "scoring with both"), broken.append)
     for scored in scorer.score(read, maps=True):
         with torch.inference_mode():
-            made = eager(tensor(scored.image))
+            made = eager(tensor(cast("np.ndarray", scored.image)))  # with maps there is one
         before.append(float(made.pred_score))
         after.append(scored.score)
         labels_before.append(None if made.pred_label is None else bool(made.pred_label))
