@@ -13,6 +13,7 @@ from conftest import run
 from benchmarks.question_figures import separation
 from benchmarks.questions import SizedAUPRO
 
+pytestmark = pytest.mark.xdist_group("questions")  # one test's rows are another's
 ROOT = Path(__file__).parents[1]
 LITTLE = ("--size", "64", "--passes", "1", "--models", "STPM", "--shares", "50", "--levels", "layer1+layer2")
 LITTLE += ("--most", "3", "--sizes", "64", "128")
