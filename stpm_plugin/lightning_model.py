@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
+import pickle
+import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -40,7 +44,17 @@ from .register import publish
 from .teacher_weights import load_teacher
 from .thresholds import STPMPostProcessor, from_normal_images
 from .torch_model import STPMModel
-from .training_data import Split, TrainingBatch, TrainingBatches, augments, check_normal, images_of, read, split
+from .training_data import (
+    Split,
+    TrainingBatch,
+    TrainingBatches,
+    augments,
+    check_depth,
+    check_normal,
+    images_of,
+    read,
+    split,
+)
 
 LIGHTNING_DEFAULT_EPOCHS = 1000  # what Trainer(max_epochs=None) turns into
 CHECKPOINT_KEY = "stpm"
@@ -54,14 +68,24 @@ class Chosen(NamedTuple):
     student: dict[str, Tensor]
 
 
-class LostProcess(Callback):
-    """Says in a sentence why a run on several processes ended, when another one of them was killed."""
+class LastWord(Callback):
+    """Says in a sentence why a run ended, where the error names neither the place nor the remedy."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Log one line: an error of the connection names no process and no remedy."""
+        """Log one line: of a full disk, a bad checkpoint, or another process that was killed."""
         del pl_module
-        if trainer.world_size > 1 and isinstance(exception, RuntimeError):
-            logging.getLogger(__name__).error(
+        logger = logging.getLogger(__name__)
+        if isinstance(exception, OSError) and exception.errno == errno.ENOSPC:
+            logger.error(
+                "STPM: the disk of %s is full in epoch %d, and the checkpoint that was being written may be cut off: "
+                "make room, or give another folder with --default_root_dir.",
+                trainer.default_root_dir,
+                trainer.current_epoch,
+            )
+        elif said := bad_checkpoint(trainer.ckpt_path, exception):
+            logger.error("STPM: %s", said)
+        elif trainer.world_size > 1 and isinstance(exception, RuntimeError):
+            logger.error(
                 "STPM: process %d of %d lost the others in epoch %d: one was killed or failed, see its own message; "
                 "for want of memory, lower batch_size or say cache=disk. The last checkpoint is whole: resume from it "
                 "with --ckpt_path.",
@@ -199,7 +223,7 @@ class STPM(AnomalibModule):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """anomalib's, and a last word where a process of several is lost."""
-        return [*cast("Sequence[Callback]", super().configure_callbacks()), LostProcess()]
+        return [*cast("Sequence[Callback]", super().configure_callbacks()), LastWord()]
 
     def configure_optimizers(self) -> Any:
         """SGD on the student, at a constant rate or along one cycle over the whole run."""
@@ -327,6 +351,18 @@ class STPM(AnomalibModule):
         del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
 
+    def on_validation_batch_start(self, batch: Batch, *args: Any) -> None:
+        """Refuse images that anomalib has misread, here and in tests and predictions.
+
+        Raises:
+            STPMError: An image has more bits than anomalib reads.
+        """
+        del args
+        for path in batch.image_path or ():
+            check_depth(path)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
     def on_test_start(self) -> None:
         """Refuse to test an untrained model."""
         self._require_teacher()
@@ -365,13 +401,14 @@ class STPM(AnomalibModule):
             Path of the ``.xml`` file.
 
         Raises:
-            STPMError: INT8 without a datamodule, or ``INT8_ACQ`` without held-out images.
+            STPMError: No room, INT8 without a datamodule, or ``INT8_ACQ`` without held-out images.
         """
         from .openvino_export import describe, export_int8  # OpenVINO takes seconds to import
 
         del metric
         plain = functools.partial(super().to_openvino, model_file_name=model_file_name, input_size=input_size)
         if compression_type not in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ):
+            self._make_room(Path(export_root))
             target = plain(export_root, compression_type=compression_type, datamodule=datamodule, **arguments)
             describe(target)
             return target
@@ -395,6 +432,17 @@ class STPM(AnomalibModule):
         describe(target)
         return target
 
+    def _make_room(self, folder: Path) -> None:
+        """Make the export's folder, if its disk has room: OpenVINO's own words on a full one name no file."""
+        folder.mkdir(parents=True, exist_ok=True)
+        need, free = sum(tensor.nbytes for tensor in self.model.state_dict().values()), shutil.disk_usage(folder).free
+        if free < need:
+            msg = (
+                f"the model takes {need / 2**20:.0f} MiB and the disk of {folder} has {free / 2**20:.0f}: make room, "
+                "or give --export_root another folder."
+            )
+            raise STPMError(msg)
+
     @property
     def _network_size(self) -> tuple[int, int] | None:
         """Height and width to which the pre-processor resizes, if it does."""
@@ -417,6 +465,20 @@ class STPM(AnomalibModule):
             "student": dict(self._training_student or self.model.student.state_dict()),
         }
         checkpoint["state_dict"].update(_prefixed(self._chosen.student))
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> STPM:
+        """Load as anomalib does.
+
+        Raises:
+            STPMError: The file is cut off, or holds code.
+        """
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            if said := bad_checkpoint(checkpoint_path, error):
+                raise STPMError(said) from None
+            raise
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the teacher from the checkpoint and, where training goes on, the weights under training."""
@@ -620,6 +682,17 @@ class STPM(AnomalibModule):
         if not self._teacher_ready:
             msg = "this STPM is untrained: give the checkpoint of a trained one with --ckpt_path (ckpt_path=...)."
             raise STPMError(msg)
+
+
+def bad_checkpoint(path: str | Path | None, error: BaseException) -> str | None:
+    """Say what is wrong with a checkpoint that torch has refused, if that is what the error means."""
+    if not path or not Path(path).is_file() or not isinstance(error, RuntimeError | pickle.UnpicklingError):
+        return None
+    if not zipfile.is_zipfile(path):
+        return f"the checkpoint {path} is cut off or no checkpoint: give another, or train again."
+    if isinstance(error, pickle.UnpicklingError):
+        return f"the checkpoint {path} holds more than tensors and settings, and is not loaded: train it anew."
+    return None
 
 
 def native_bf16(device: torch.device) -> bool:

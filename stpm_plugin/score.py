@@ -33,6 +33,7 @@ COLUMNS = ("path", "score", "label", "latency_ms")
 Row = tuple[str, float, str, float]
 DECODERS = min(4, os.cpu_count() or 1)  # threads: decoding a megapixel takes as long as scoring it
 AHEAD = 4 * DECODERS  # decoded images that may wait
+AS_STORED = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 class Scored(NamedTuple):
@@ -223,11 +224,19 @@ def read_images(paths: Iterable[str], unreadable: Callable[[str], None]) -> Iter
 
 
 def _decode(path: str) -> np.ndarray | None:
-    """Read an image (H, W, 3), BGR, uint8, or nothing if the file is none."""
+    """Read an image (H, W, 3), BGR, uint8, as training does; nothing if the file is none or one that training refuses.
+
+    Of 16-bit colours the upper eight bits count; grey of more than 8 bits is refused.
+    """
     try:
-        return cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(np.fromfile(path, np.uint8), AS_STORED)
     except (OSError, cv2.error):
         return None
+    if image is None or (image.dtype, image.ndim) not in [(np.uint8, 2), (np.uint8, 3), (np.uint16, 3)]:
+        return None
+    if image.ndim == 2:
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+    return image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)
 
 
 def overlay(image: np.ndarray, anomaly_map: np.ndarray) -> np.ndarray:
@@ -280,8 +289,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on with {options.csv}.", file=sys.stderr)
         return 130
-    except (STPMError, OSError) as error:
+    except STPMError as error:
         print(f"\n{error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # one that names no file is of the file that is open
+        place = error.filename or options.csv
+        print(f"\n{place}: {error.strerror or error}; once that is mended, the same command goes on.", file=sys.stderr)
         return 1
 
 
@@ -307,7 +320,7 @@ def run(options: argparse.Namespace) -> int:
             progress.step()
     progress.end()
     for path in broken:
-        print(f"{path} cannot be read as an image; it has no row.", file=sys.stderr)
+        print(f"{path} cannot be read as an image of 8 bits a channel; it has no row.", file=sys.stderr)
     return 2 if broken else 0
 
 
@@ -322,6 +335,7 @@ class Worker:
 
     def __init__(self, scorer: Scorer, heatmaps: Path | None, root: Path) -> None:
         cv2.setNumThreads(1)  # the cores are the model's and the decoders'
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken files are named in the end
         self.scorer, self.heatmaps, self.root = scorer, heatmaps, root
 
     def rows(self, paths: Iterable[str], unreadable: Callable[[str], None]) -> Iterator[Row]:
@@ -335,7 +349,10 @@ class Worker:
             if self.heatmaps and scored.image is not None and scored.anomaly_map is not None:
                 target = self.heatmaps / Path(scored.path).absolute().relative_to(self.root)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                cv2.imwrite(str(target.with_name(target.name + ".jpg")), overlay(scored.image, scored.anomaly_map))
+                laid = overlay(scored.image, scored.anomaly_map)
+                if not cv2.imwrite(str(target.with_name(target.name + ".jpg")), laid):
+                    msg = f"{target}.jpg cannot be written: make room, or give --heatmaps another folder."
+                    raise STPMError(msg)
             yield scored.path, scored.score, scored.label, 1000 * scored.latency
 
 

@@ -22,8 +22,6 @@ from .errors import STPMError
 # Transforms that give the same image every time. Anything else counts as augmentation.
 DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Normalize, v2.ToDtype, v2.Grayscale, v2.Pad, v2.Identity)
 
-DEEP = {"I", "I;16", "I;16B", "I;16L", "F"}  # Pillow's grey modes of more than 8 bits
-
 
 @dataclass
 class TrainingBatch(ImageBatch):
@@ -101,20 +99,26 @@ def check_normal(dataset: Any) -> None:
         raise STPMError(msg)
 
 
-class _Unreadable(NamedTuple):
-    """Stands for an image that could not be read, until the main process can say so."""
+def check_depth(path: str) -> None:
+    """Refuse a grey image of more than 8 bits: anomalib reads it by Pillow, which clips it to white.
 
-    path: str
-    reason: str
-
-
-def _mode(path: str) -> str:
-    """Pillow's name of an image's pixel format; nothing where another reader is needed. Reads the file's head only."""
+    Raises:
+        STPMError: The image is one.
+    """
     try:
         with Image.open(path) as image:
-            return image.mode
-    except OSError:
-        return ""
+            mode = image.mode
+    except OSError:  # whoever reads the file says so
+        return
+    if mode[0] in "IF":  # I;16, I and F
+        msg = f"{path} has grey values of more than 8 bits, which anomalib would clip to white: convert it to 8 bits."
+        raise STPMError(msg)
+
+
+class _Refused(NamedTuple):
+    """Stands for an image that cannot be trained on, until the main process can say so."""
+
+    reason: str
 
 
 class _Readable(Dataset):
@@ -131,11 +135,13 @@ class _Readable(Dataset):
         path = f"number {place}" if samples is None else samples.image_path.iloc[place]
         try:
             item = self.dataset[place]
-            if samples is not None and (mode := _mode(path)) in DEEP:
-                return _Unreadable(str(path), f"more than 8 bits of grey, {mode}, of which anomalib makes white")
-            return item
-        except (OSError, ValueError, SyntaxError, RuntimeError) as error:
-            return _Unreadable(str(path), str(error).splitlines()[0] if str(error) else type(error).__name__)
+            check_depth(path)
+        except STPMError as error:
+            return _Refused(f"training image {error}")
+        except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return _Refused(f"training image {path} cannot be read ({reason}): repair it or take it out of the folder.")
+        return item
 
 
 class _Collate:
@@ -145,7 +151,7 @@ class _Collate:
         self.collate = collate
 
     def __call__(self, items: list[Any]) -> Any:
-        broken = [item for item in items if isinstance(item, _Unreadable)]
+        broken = [item for item in items if isinstance(item, _Refused)]
         return broken[0] if broken else self.collate(items)
 
 
@@ -161,7 +167,7 @@ def read(loader: DataLoader, places: Sequence[int], batch_size: int) -> Iterator
         Batches of images (B, 3, H, W) in [0, 1].
 
     Raises:
-        STPMError: A file cannot be read; names it.
+        STPMError: A file cannot be read, or holds what anomalib misreads; names it.
     """
     batches = DataLoader(
         _Readable(loader.dataset),
@@ -171,11 +177,8 @@ def read(loader: DataLoader, places: Sequence[int], batch_size: int) -> Iterator
         collate_fn=_Collate(loader.collate_fn),
     )
     for batch in batches:
-        if isinstance(batch, _Unreadable):
-            msg = (
-                f"training image {batch.path} cannot be read ({batch.reason}): repair it or take it out of the folder."
-            )
-            raise STPMError(msg)
+        if isinstance(batch, _Refused):
+            raise STPMError(batch.reason)
         yield batch
 
 

@@ -95,7 +95,7 @@ def compare(options: argparse.Namespace) -> int:
         print(f"image AUROC: {old:.4f} before, {new:.4f} after")
         agree = agree and new >= old - options.auroc
     for path in broken:
-        print(f"{path} cannot be read as an image.", file=sys.stderr)
+        print(f"{path} cannot be read as an image of 8 bits a channel.", file=sys.stderr)
     print("the two agree" if agree else "the two do NOT agree within the limits")
     return 0 if agree else 1
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -189,3 +191,9 @@ def test_int8_with_control_goes_back_to_float_until_held_out_maps_agree(demo, tm
     model.holdout = 0
     with pytest.raises(STPMError, match="use INT8_PTQ"):
         model.to_openvino(tmp_path, compression_type=CompressionType.INT8_ACQ, datamodule=demo)
+
+
+def test_a_full_disk_is_said_before_the_export(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(STPMError, match=r"the model takes 2\d MiB and the disk of .*out has 1: make room"):
+        trained[0].to_openvino(tmp_path / "out")

@@ -1,6 +1,7 @@
 """Scoring with an exported model, beside anomalib's own predictions of the same images."""
 
 import csv
+import io
 import sys
 from pathlib import Path
 
@@ -82,6 +83,55 @@ def test_unreadable_files_lose_nothing(exported, numbered_images, tmp_path, caps
     for number in (9, 10):
         assert f"{folder / f'frame {number}.png'} cannot be read as an image" in said
     assert [Path(row["path"]).name for row in rows(table)] == [f"frame {number}.png" for number in (7, 8, 11)]
+
+
+def drawn(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_kinds_of_images_are_read_as_training_reads_them(numbered_images, tmp_path):
+    image = Image.open(numbered_images / "frame 9.png")
+    deep = np.random.default_rng(0).integers(0, 65536, (9, 7, 3), np.uint16)
+    clear, turned = image.copy(), Image.Exif()
+    clear.putalpha(Image.linear_gradient("L").resize(image.size))
+    turned[0x0112] = 6  # a camera held upright
+    contents = {
+        "1bit.png": drawn(image.convert("1"), "PNG"),
+        "grey.png": drawn(image.convert("L"), "PNG"),
+        "palette.png": drawn(image.quantize(16), "PNG", transparency=3),
+        "clear.png": drawn(clear, "PNG"),
+        "cmyk.jpg": drawn(image.convert("CMYK"), "JPEG"),
+        "turned.jpg": drawn(image, "JPEG", exif=turned),
+        "deep.png": cv2.imencode(".png", deep)[1].tobytes(),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        ((_, pixels),) = score.read_images([str(tmp_path / name)], pytest.fail)
+        np.testing.assert_allclose(pixels[:, :, ::-1], read_image(tmp_path / name) * 255, atol=1.01)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_deep_grey_is_refused(tmp_path, suffix):
+    Image.fromarray(np.full((9, 7), 40_000, np.uint16)).save(tmp_path / f"deep.{suffix}")
+    refused = []
+    assert not [*score.read_images([str(tmp_path / f"deep.{suffix}")], refused.append)]
+    assert refused == [str(tmp_path / f"deep.{suffix}")]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_disk_is_named(exported, numbered_images, capsys):
+    assert score.main([str(exported), str(numbered_images), "--csv", "/dev/full"]) == 1
+    assert "/dev/full: No space left on device; once that is mended" in capsys.readouterr().err
+
+
+def test_a_heat_map_that_is_not_written_is_said(exported, numbered_images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cv2.imwrite", lambda *_: False)
+    command = [str(exported), str(numbered_images), "--csv", str(tmp_path / "s.csv"), "--heatmaps", str(tmp_path / "m")]
+    assert score.main(command) == 1
+    assert "frame 7.png.jpg cannot be written" in capsys.readouterr().err
+    assert rows(tmp_path / "s.csv") == []
 
 
 def test_heatmaps_lie_as_the_images_do(exported, numbered_images, tmp_path):

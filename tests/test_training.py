@@ -1,4 +1,5 @@
 import json
+import pickle
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import AnomalibDataset
+from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, Evaluator
 from conftest import MODEL, TINY, anomalib, fit
 from lightning.pytorch.callbacks import Callback
@@ -288,8 +290,6 @@ def test_bad_arguments(arguments, words):
 
 
 def test_plain_loaders_are_refused(demo, tmp_path):
-    from anomalib.engine import Engine
-
     demo.prepare_data()
     demo.setup()
     with pytest.raises(STPMError, match="datamodule instead of data loaders"):
@@ -297,30 +297,57 @@ def test_plain_loaders_are_refused(demo, tmp_path):
 
 
 def test_untrained_model_is_refused(demo, tmp_path):
-    from anomalib.engine import Engine
-
     with pytest.raises(STPMError, match="ckpt_path"):
         Engine(default_root_dir=tmp_path, accelerator="cpu").test(STPM(**MODEL), datamodule=demo)
 
 
-def cut_off(path):
-    path.write_bytes(path.read_bytes()[:200])
-
-
-def deepen(path):
-    Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 257).save(path)
-
-
-@pytest.mark.parametrize(("workers", "spoil"), [(0, cut_off), (1, cut_off), (0, deepen)])
-def test_unreadable_image_is_named(tmp_path, workers, spoil):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_is_named(tmp_path, workers):
     datamodule = DemoData(root=tmp_path / "data", **{**TINY, "num_workers": workers})
     datamodule.prepare_data()
     broken = sorted((tmp_path / "data").glob("*/train/good/*.png"))[3]
-    spoil(broken)
+    broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(STPMError) as error:
         fit(datamodule, tmp_path / "run", 1)
     assert str(broken) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_deep_grey_is_refused_where_anomalib_reads(trained, tmp_path):
+    """Pillow's conversion, which anomalib takes, would make it white."""
+    datamodule = DemoData(root=tmp_path / "data", **TINY)
+    datamodule.prepare_data()
+    deep = sorted((tmp_path / "data").glob("*/train/good/*.png"))[3]
+    Image.fromarray(np.full((64, 64), 20_000, np.uint16)).save(deep)
+    with pytest.raises(STPMError, match=f"^training image {deep} has grey values of more than 8 bits"):
+        fit(datamodule, tmp_path / "run", 1)
+    with pytest.raises(STPMError, match=f"^{deep} has grey values of more than 8 bits"):
+        predict(trained[2], deep)
+
+
+def predict(checkpoint, image):
+    engine = Engine(accelerator="cpu", logger=False, enable_progress_bar=False)
+    return engine.predict(STPM(**MODEL), data_path=image, ckpt_path=checkpoint)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+def test_bad_checkpoints_are_refused(trained, demo_root, tmp_path, caplog):
+    half, bomb = tmp_path / "half.ckpt", tmp_path / "bomb.ckpt"
+    half.write_bytes(trained[2].read_bytes()[:100_000])
+    torch.save({**torch.load(trained[2], weights_only=True), "bomb": Bomb()}, bomb)
+    with pytest.raises(STPMError, match="is cut off or no checkpoint"):
+        STPM.load_from_checkpoint(half)
+    with pytest.raises(STPMError, match="holds more than tensors and settings"):
+        STPM.load_from_checkpoint(bomb)
+    for checkpoint, words in ((half, "is cut off or no checkpoint"), (bomb, "holds more than tensors and settings")):
+        with pytest.raises((RuntimeError, pickle.UnpicklingError)):
+            predict(checkpoint, next(demo_root.glob("*/test/good/*.png")))
+        assert f"STPM: the checkpoint {checkpoint} {words}" in caplog.text
+    assert not Path("exploded").exists()
 
 
 def test_anomalous_training_image_is_refused(demo, tmp_path):
@@ -354,6 +381,16 @@ def test_full_disk_goes_on_without_a_cache(demo, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="Point cache_dir at a larger disk"):
         _, model = fit(demo, tmp_path, 1, cache="disk")
     assert model._chosen is not None
+
+
+def test_a_full_disk_is_said(demo, tmp_path, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lightning.pytorch.trainer.trainer.Trainer.save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(demo, tmp_path, 1)
+    assert f"STPM: the disk of {tmp_path}" in caplog.text
 
 
 def test_trained_demo_beats_chance_through_the_command(tmp_path):
