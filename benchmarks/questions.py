@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -302,7 +303,9 @@ def settings(job: dict[str, Any], args: argparse.Namespace, folder: Path) -> dic
 
 
 def subset(source: Path, share: int, seed: int, folder: Path) -> Path:
-    """Link a category with a random share of its normal training images; returns the root."""
+    """Copy a category with a random share of its normal training images; returns the root."""
+    if share == 100:
+        return source.parent
     root = folder / f"{source.name}-{share}-{seed}"
     target = root / source.name
     if not target.exists():
@@ -310,9 +313,9 @@ def subset(source: Path, share: int, seed: int, folder: Path) -> Path:
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
         (target / "train/good").mkdir(parents=True)
         for place in order[: max(3, round(len(files) * share / 100))]:
-            (target / "train/good" / files[place].name).symlink_to(files[place])
-        for part in ("test", "ground_truth"):
-            (target / part).symlink_to(source / part)
+            shutil.copyfile(files[place], target / "train/good" / files[place].name)
+        for part in ("test", "ground_truth"):  # no links: anomalib lists no file that leaves the root
+            shutil.copytree(source / part, target / part, copy_function=shutil.copyfile)
     return root
 
 

@@ -158,17 +158,16 @@ def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str
 
 
 def few(source: Path, count: int, root: Path) -> Path:
-    """Link ``count`` training images and a small test set, on which a validation costs little; returns the root."""
+    """Copy ``count`` training images and a small test set, on which a validation costs little; returns the root."""
     target = root / "screw"
     for folder in [source / "train/good", *sorted((source / "test").iterdir())]:
         taken = sorted(folder.glob("*.png"))[: count if folder.parent.name == "train" else 2]
         for path in taken:
             mask = source / "ground_truth" / folder.name / f"{path.stem}_mask.png"
             for file in [path, mask] if folder.parent.name == "test" and mask.exists() else [path]:
-                link = target / file.relative_to(source)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                if not link.exists():
-                    link.symlink_to(file)
+                copy = target / file.relative_to(source)  # no link: anomalib lists none that leaves the root
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
     return root
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import ImageBatch, MVTecAD
 from conftest import run
 
 from benchmarks.question_figures import separation
-from benchmarks.questions import SizedAUPRO
+from benchmarks.questions import SizedAUPRO, subset
 
 pytestmark = pytest.mark.xdist_group("questions")  # one test's rows are another's
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,17 @@ def test_figures_are_drawn_again_without_training(kept: Path) -> None:
     run("-m", "benchmarks.questions", "figures", "--results", str(kept), cwd=ROOT)
     assert sorted(kept.glob("*.png")) == figures
     assert (kept / "questions.json").read_text() == before
+
+
+def test_a_share_of_a_category_is_one_that_anomalib_lists(demo_root: Path, tmp_path: Path) -> None:
+    """Half of the normal training images, and the whole test set with its masks."""
+    source = next(path for path in demo_root.iterdir() if path.is_dir())
+    whole = MVTecAD(demo_root, source.name)
+    half = MVTecAD(subset(source, 50, 0, tmp_path), source.name)
+    for datamodule in (whole, half):
+        datamodule.setup()
+    assert len(half.train_data) == max(3, len(whole.train_data) // 2)
+    assert len(half.test_data) == len(whole.test_data)
 
 
 def test_pro_of_one_size_sees_no_other_defect() -> None:
