@@ -408,7 +408,7 @@ class STPM(AnomalibModule):
         del metric
         plain = functools.partial(super().to_openvino, model_file_name=model_file_name, input_size=input_size)
         if compression_type not in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ):
-            self._make_room(Path(export_root))
+            require_room(Path(export_root), size_of(self.model.state_dict()), "the model", "--export_root")
             target = plain(export_root, compression_type=compression_type, datamodule=datamodule, **arguments)
             describe(target)
             return target
@@ -432,17 +432,6 @@ class STPM(AnomalibModule):
         describe(target)
         return target
 
-    def _make_room(self, folder: Path) -> None:
-        """Make the export's folder, if its disk has room: OpenVINO's own words on a full one name no file."""
-        folder.mkdir(parents=True, exist_ok=True)
-        need, free = sum(tensor.nbytes for tensor in self.model.state_dict().values()), shutil.disk_usage(folder).free
-        if free < need:
-            msg = (
-                f"the model takes {need / 2**20:.0f} MiB and the disk of {folder} has {free / 2**20:.0f}: make room, "
-                "or give --export_root another folder."
-            )
-            raise STPMError(msg)
-
     @property
     def _network_size(self) -> tuple[int, int] | None:
         """Height and width to which the pre-processor resizes, if it does."""
@@ -453,8 +442,14 @@ class STPM(AnomalibModule):
     # Checkpoints hold the chosen weights, ready to use, and beside them what is needed to go on training
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the chosen weights in the checkpoint's state, and those under training beside them."""
+        """Put the chosen weights in the checkpoint's state, and those under training beside them.
+
+        Raises:
+            STPMError: There is no room: Lightning would cut off the checkpoint that it writes over.
+        """
         super().on_save_checkpoint(checkpoint)
+        need = 2 * size_of(checkpoint["state_dict"])  # the student under training and its momentum take less than that
+        require_room(Path(self.trainer.default_root_dir), need, "a checkpoint", "--default_root_dir")
         if self._chosen is None:
             return
         checkpoint[CHECKPOINT_KEY] = {
@@ -682,6 +677,27 @@ class STPM(AnomalibModule):
         if not self._teacher_ready:
             msg = "this STPM is untrained: give the checkpoint of a trained one with --ckpt_path (ckpt_path=...)."
             raise STPMError(msg)
+
+
+def size_of(state: dict[str, Tensor]) -> int:
+    """Bytes of a state's tensors."""
+    return sum(tensor.nbytes for tensor in state.values())
+
+
+def require_room(folder: Path, need: int, what: str, option: str) -> None:
+    """Make a folder, if its disk has room for ``need`` bytes: on a full one, half a file takes a whole one's place.
+
+    Raises:
+        STPMError: It has not; names what needs it and the option that gives another folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        msg = (
+            f"{what} may take {need / 2**20:.0f} MiB and the disk of {folder} has {free / 2**20:.0f}: make room, or "
+            f"give another folder with {option}."
+        )
+        raise STPMError(msg)
 
 
 def bad_checkpoint(path: str | Path | None, error: BaseException) -> str | None:

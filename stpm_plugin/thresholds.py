@@ -5,14 +5,33 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 import torch
+from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from torch import Tensor
+from torchmetrics.utilities.data import dim_zero_cat
 
 from .errors import STPMError
 
 
+class BetweenImages(F1AdaptiveThreshold):
+    """anomalib's adaptive threshold, moved half-way down to the next lower score.
+
+    anomalib's is the lowest score that should count as anomalous, while only scores above a threshold do: the image
+    that has it lies on the edge, and a device's rounding decides on its label.
+    """
+
+    def compute(self) -> Tensor:
+        """Give the threshold, a scalar; anomalib's own where no image is anomalous."""
+        threshold = super().compute()
+        scores = dim_zero_cat(self.preds)
+        lower = scores[scores < threshold]
+        if len(lower) and self._has_anomalous_samples():
+            threshold = self.value = (threshold + lower.max()) / 2
+        return threshold
+
+
 class STPMPostProcessor(PostProcessor):
-    """anomalib's post-processor, with a threshold from normal images alone as an option.
+    """anomalib's post-processor, with a threshold between two images, or from normal images alone.
 
     With ``normal_quantile`` the threshold of images and pixels is that quantile of the image scores of the held-out
     normal images, and no validation label is read. A pixel is anomalous if it alone would make its image anomalous.
@@ -20,8 +39,8 @@ class STPMPostProcessor(PostProcessor):
     two scores become equal, however far from the normal ones they are.
 
     Args:
-        normal_quantile: Share of normal images that should pass, in (0, 1), such as 0.995; ``None`` for anomalib's
-            adaptive threshold, which needs defects in the validation set.
+        normal_quantile: Share of normal images that should pass, in (0, 1), such as 0.995; ``None`` for the
+            best F1 score, as in anomalib, which needs defects in the validation set: see :class:`BetweenImages`.
         enable_normalization: As in anomalib.
         enable_thresholding: As in anomalib.
         enable_threshold_matching: As in anomalib.
@@ -52,6 +71,7 @@ class STPMPostProcessor(PostProcessor):
             msg = f"normal_quantile={normal_quantile} must lie between 0 and 1, such as 0.995."
             raise STPMError(msg)
         self.normal_quantile = normal_quantile
+        self._image_threshold_metric = BetweenImages(fields=["pred_score", "gt_label"], strict=False)
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from anomalib.data import AnomalibDataset
+from anomalib.data import AnomalibDataset, ImageBatch
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, Evaluator
 from conftest import MODEL, TINY, anomalib, fit
@@ -350,6 +350,20 @@ def test_bad_checkpoints_are_refused(trained, demo_root, tmp_path, caplog):
     assert not Path("exploded").exists()
 
 
+@pytest.mark.parametrize(("labels", "threshold"), [([0, 0, 1, 1], 0.5), ([1, 1, 1, 1], 0.1), ([0, 0, 0, 0], 0.7)])
+def test_threshold_lies_between_images(labels, threshold):
+    """Best F1 from 0.6 up, so half-way between 0.4 and 0.6; the lowest or highest score where one kind is missing."""
+    processor = STPMPostProcessor()
+    scores = torch.tensor([0.1, 0.4, 0.6, 0.7])
+    maps = scores.reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
+    batch = ImageBatch(
+        image=maps.expand(4, 3, 2, 2), gt_label=torch.tensor(labels), pred_score=scores, anomaly_map=maps
+    )
+    processor.on_validation_batch_end(None, None, batch)
+    processor.on_validation_epoch_end(None, None)
+    assert processor.image_threshold == pytest.approx(threshold)
+
+
 def test_anomalous_training_image_is_refused(demo, tmp_path):
     demo.prepare_data()
     demo.setup()
@@ -391,6 +405,15 @@ def test_a_full_disk_is_said(demo, tmp_path, monkeypatch, caplog):
     with pytest.raises(OSError, match="No space left"):
         fit(demo, tmp_path, 1)
     assert f"STPM: the disk of {tmp_path}" in caplog.text
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(demo, tmp_path, monkeypatch):
+    engine, _ = fit(demo, tmp_path, 1)
+    before = Path(engine.best_model_path).read_bytes()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(STPMError, match=r"a checkpoint may take 4\d MiB and the disk of .* has 1: make room"):
+        engine.trainer.save_checkpoint(engine.best_model_path)
+    assert Path(engine.best_model_path).read_bytes() == before
 
 
 def test_trained_demo_beats_chance_through_the_command(tmp_path):
