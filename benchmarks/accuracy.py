@@ -80,7 +80,7 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
                     {
                         "model": model,
                         "name": name,
-                        "root": str(category.resolve().parent),
+                        "root": str(category.absolute().parent),
                         "category": category.name,
                         "epochs": passes,
                         "seed": seed,

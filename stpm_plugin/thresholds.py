@@ -14,7 +14,7 @@ from .errors import STPMError
 
 
 class BetweenImages(F1AdaptiveThreshold):
-    """anomalib's adaptive threshold, moved half-way down to the next lower score.
+    """anomalib's adaptive threshold, moved half-way down to the next lower score, or by 1 % where there is none.
 
     anomalib's is the lowest score that should count as anomalous, while only scores above a threshold do: the image
     that has it lies on the edge, and a device's rounding decides on its label.
@@ -25,8 +25,8 @@ class BetweenImages(F1AdaptiveThreshold):
         threshold = super().compute()
         scores = dim_zero_cat(self.preds)
         lower = scores[scores < threshold]
-        if len(lower) and self._has_anomalous_samples():
-            threshold = self.value = (threshold + lower.max()) / 2
+        if self._has_anomalous_samples():
+            threshold = self.value = (threshold + lower.max()) / 2 if len(lower) else 0.99 * threshold
         return threshold
 
 

@@ -48,7 +48,7 @@ def split(count: int, share: float, seed: int, rank: int = 0, world: int = 1) ->
 
     Args:
         count: Number of images.
-        share: Share to hold out, in [0, 1); above 0 at least one image is.
+        share: Share to hold out, in [0, 1); above 0 at least one image for each process is.
         seed: The same seed gives the same split.
         rank: This process among ``world``; each gets its own share of both parts, of equal length.
         world: Number of processes.
@@ -56,7 +56,7 @@ def split(count: int, share: float, seed: int, rank: int = 0, world: int = 1) ->
     Raises:
         STPMError: Fewer than two images are left to train on, in any process.
     """
-    held = max(1, round(count * share)) if share else 0
+    held = max(world, round(count * share)) if share else 0
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     train, holdout = order[held:], order[:held]
     if len(train) < 2 * world:
