@@ -22,7 +22,7 @@ IMAGES = {**TINY, "train_images": 21}
 def command(root: Path, folder: Path, processes: int, epochs: int) -> list[str]:
     return [
         str(COMMAND), "train", "--model", "STPM", "--model.backbone", "resnet18", "--model.teacher_weights", "builtin",
-        "--model.image_size", "[64,64]", "--model.schedule", "constant", "--model.lr", "0.1", "--model.seed", "0", "--model.batch_size", str(4 // processes),
+        "--model.image_size", "[64,64]", "--model.schedule", "constant", "--model.lr", "0.1", "--model.seed", "0", "--model.holdout", "0.2", "--model.hard_share", "1", "--model.batch_size", str(4 // processes),
         "--model.post_processor", "stpm_plugin.STPMPostProcessor", "--model.post_processor.normal_quantile", "0.75",
         "--data", "stpm_plugin.DemoData", "--data.root", str(root), *(f"--data.{k}={v}" for k, v in IMAGES.items()),
         "--trainer.accelerator", "cpu", "--trainer.devices", str(processes), "--trainer.max_epochs", str(epochs),
@@ -47,7 +47,7 @@ def test_two_processes_train_one_model_as_well_as_one_process(root, tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         done = subprocess.run(
-            command(root, folder, processes, 6),
+            command(root, folder, processes, 12),
             capture_output=True,
             text=True,
             env=environment(),
@@ -63,11 +63,11 @@ def test_two_processes_train_one_model_as_well_as_one_process(root, tmp_path):
         assert scores.iloc[-1] < 0.7 * scores.iloc[0]
     # As many images in a step, drawn in another composition: as good a model, not the same.
     one, two = (frame.holdout_score.dropna().iloc[-1] for frame in results)
-    assert two == pytest.approx(one, rel=0.25)
+    assert two == pytest.approx(one, rel=0.3)
     one, two = (frame.pixel_AUROC.dropna().iloc[-1] for frame in results)
     assert two == pytest.approx(one, abs=0.05)
     one, two = (float(model.post_processor.image_threshold) for model in models)
-    assert two == pytest.approx(one, rel=0.25)
+    assert two == pytest.approx(one, rel=0.3)
 
 
 @pytest.mark.parametrize("killed", [0, 1])

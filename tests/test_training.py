@@ -41,6 +41,7 @@ def test_ranks_share_the_images_evenly():
     assert len(parts[0].train) == len(parts[1].train) == 8
     assert not {*parts[0].train} & {*parts[1].train}
     assert not {*parts[0].holdout} & {*parts[1].holdout}
+    assert [len(split(21, 0.01, 0, rank, 2).holdout) for rank in range(2)] == [1, 1]
 
 
 def test_too_few_images_is_said():
