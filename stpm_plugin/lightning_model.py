@@ -196,6 +196,7 @@ class STPM(AnomalibModule):
         self._kept: FeatureCache | None = None
         self._chosen: Chosen | None = None
         self._scores: list[float] = []  # held-out, of each epoch
+        self._resumed: dict[str, Any] = {}  # the checkpoint from which training goes on
         self._training_student: dict[str, Tensor] | None = None  # set while the chosen weights stand in for it
         self._limit_val_batches: int | float | None = None
         self._bf16 = False
@@ -226,15 +227,27 @@ class STPM(AnomalibModule):
         return [*cast("Sequence[Callback]", super().configure_callbacks()), LastWord()]
 
     def configure_optimizers(self) -> Any:
-        """SGD on the student, at a constant rate or along one cycle over the whole run."""
+        """SGD on the student, at a constant rate or along one cycle over the whole run, or over what is left of it."""
         optimizer = torch.optim.SGD(
             self.model.student.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )
-        if self.schedule == "constant":
-            return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+        resumed, self._resumed = self._resumed, {}
+        begun, goes_on = resumed.get("global_step", 0), False
+        configured: Any = optimizer
+        if self.schedule != "constant":
+            steps = int(self.trainer.estimated_stepping_batches)
+            goes_on = [cycle["total_steps"] for cycle in resumed.get("lr_schedulers", [])] == [steps]
+            left = steps if goes_on else max(1, steps - begun)
+            if begun and not goes_on:
+                rank_zero_info(f"STPM: the checkpoint's run was of another length; a new cycle of {left} steps begins.")
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=left, cycle_momentum=False)
+            configured = {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+        if resumed and not goes_on:  # Lightning reads rates and the place in the cycle from the checkpoint
+            resumed["lr_schedulers"] = []
+            for state in resumed.get("optimizer_states", []):
+                for group, new in zip(state["param_groups"], optimizer.param_groups, strict=True):
+                    group.update({**new, "params": group["params"]})
+        return configured
 
     # Training
 
@@ -492,6 +505,7 @@ class STPM(AnomalibModule):
         chosen = {name: checkpoint["state_dict"][f"model.student.{name}"].clone() for name in names}
         self._chosen, self._scores = Chosen(state["epoch"], state["score"], chosen), list(state.get("scores", []))
         checkpoint["state_dict"].update(_prefixed(state["student"]))
+        self._resumed = checkpoint
 
     # Helpers
 

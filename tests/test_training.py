@@ -170,6 +170,31 @@ def test_resumed_equals_uninterrupted(trained, demo, demo_root, tmp_path):
     assert resumed._chosen.score == pytest.approx(trained[0]._chosen.score, rel=1e-4)
 
 
+@pytest.mark.parametrize("before", ["constant", "one-cycle"])
+def test_a_finished_run_goes_on_along_a_new_cycle(before, demo, demo_root, tmp_path):
+    """Over the steps that are left, up to the new rate and down again, whatever the rate was before."""
+    engine, _ = fit(demo, tmp_path / "first", 2, schedule=before, lr=0.3)
+    rates = Rates()
+    longer = {"schedule": "one-cycle", "lr": 0.2, "trainer": {"callbacks": [rates]}}
+    again, _ = fit(DemoData(root=demo_root, **TINY), tmp_path / "second", 4, engine.best_model_path, **longer)
+    assert again.trainer.current_epoch == 4
+    optimizer = torch.optim.SGD([torch.zeros(1)], 1)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=len(rates.seen), cycle_momentum=False)
+    for rate in rates.seen:
+        assert rate == pytest.approx(cycle.get_last_lr()[0])
+        optimizer.step()
+        cycle.step()
+    assert len(rates.seen) == again.trainer.global_step - engine.trainer.global_step == 4
+
+
+class Rates(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, *args):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
 def test_the_chosen_weights_are_everywhere(demo, tmp_path):
     engine, model = fit(demo, tmp_path, 4, lr=1.0)  # a rate at which the score goes up and down
     checkpoint = torch.load(engine.best_model_path, weights_only=True)
