@@ -364,13 +364,13 @@ class STPM(AnomalibModule):
         del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
 
-    def on_validation_batch_start(self, batch: Batch, *args: Any) -> None:
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Refuse images that anomalib has misread, here and in tests and predictions.
 
         Raises:
             STPMError: An image has more bits than anomalib reads.
         """
-        del args
+        del batch_idx, dataloader_idx
         for path in batch.image_path or ():
             check_depth(path)
 
@@ -475,14 +475,16 @@ class STPM(AnomalibModule):
         checkpoint["state_dict"].update(_prefixed(self._chosen.student))
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> STPM:
+    def load_from_checkpoint(  # type: ignore[override]  # the other arguments are passed on
+        cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any
+    ) -> STPM:
         """Load as anomalib does.
 
         Raises:
             STPMError: The file is cut off, or holds code.
         """
         try:
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+            return cast("STPM", super().load_from_checkpoint(checkpoint_path, *args, **kwargs))
         except (pickle.UnpicklingError, RuntimeError) as error:
             if said := bad_checkpoint(checkpoint_path, error):
                 raise STPMError(said) from None

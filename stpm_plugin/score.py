@@ -236,7 +236,7 @@ def _decode(path: str) -> np.ndarray | None:
         return None
     if image.ndim == 2:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
-    return image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)
+    return image if image.dtype == np.uint8 else np.right_shift(image, 8, dtype=np.uint16).astype(np.uint8)
 
 
 def overlay(image: np.ndarray, anomaly_map: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ class BetweenImages(F1AdaptiveThreshold):
     that has it lies on the edge, and a device's rounding decides on its label.
     """
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]  # anomalib's own is not a curve either
         """Give the threshold, a scalar; anomalib's own where no image is anomalous."""
         threshold = super().compute()
         scores = dim_zero_cat(self.preds)

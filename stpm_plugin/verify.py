@@ -57,7 +57,7 @@ def load(checkpoint: str) -> STPM:
     if not Path(checkpoint).is_file():
         msg = f"the checkpoint {checkpoint} does not exist."
         raise STPMError(msg)
-    return cast("STPM", STPM.load_from_checkpoint(checkpoint, map_location="cpu")).eval()
+    return STPM.load_from_checkpoint(checkpoint, map_location="cpu").eval()
 
 
 def tensor(image: np.ndarray) -> torch.Tensor:
