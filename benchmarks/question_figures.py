@@ -65,7 +65,7 @@ def table(kept: dict[str, Row], file: Path) -> None:
             lines += ["", f"Levels after {look['passes']} passes, {row['model']}, {row['category']}:", ""]
             lines += ["| level | " + " | ".join(f"median, {g}" for g in GROUPS) + " | AUROC of pixels |"]
             lines += ["|---" * (len(GROUPS) + 2) + "|"]
-            for level, name in enumerate([*row["layers"], "map"]):
+            for level, name in enumerate([*row["layers"], "product"]):
                 shares = [group[level] for group in look["shares"]]
                 medians = " | ".join(f"{quantile(one, 0.5):.4f}" for one in shares)
                 lines.append(f"| {name} | {medians} | {separation(shares[2], shares[3]):.3f} |")
@@ -111,16 +111,19 @@ def match(rows: list[Row]) -> plt.Figure:
         passes = [look["passes"] for look in row["looks"]]
         for group, name in enumerate(GROUPS):
             values = [quantile(look["shares"][group][-1], 0.5) for look in row["looks"]]
-            medians.plot(passes, values, "o-", ms=3, color=COLOURS[group], label=name)
+            width = 4 - group  # the first lie under one another
+            medians.plot(passes, values, "o-", ms=3, lw=width, color=COLOURS[group], label=name)
             last.stairs(row["looks"][-1]["shares"][group][-1], EDGES, color=COLOURS[group], label=name)
-        for level, name in enumerate([*row["layers"], "anomaly map"]):
+        for level, name in enumerate([*row["layers"], "product"]):
             values = [separation(look["shares"][2][level], look["shares"][3][level]) for look in row["looks"]]
             separations.plot(passes, values, "o-", ms=3, color=COLOURS[level], label=name)
         medians.set(
-            yscale="log", xlabel="passes", ylabel="median of the map", title=f"{row['model']}, {row['category']}"
+            yscale="log", xlabel="passes", ylabel="median of the product", title=f"{row['model']}, {row['category']}"
         )
-        separations.set(xlabel="passes", title="AUROC, anomalous over normal test pixels")
-        last.set(xscale="log", xlim=(1e-3, 2), xlabel="distance", title="map at the end, share of pixels")
+        medians.minorticks_off()
+        medians.set_yticks(marks := [0.02, 0.05, 0.1, 0.2, 0.5], map(str, marks))
+        separations.set(xlabel="passes", title="AUROC of test pixels")
+        last.set(xscale="log", xlim=(1e-3, 2), xlabel="distance", title="product at the end, pixels")
         for axis in (medians, separations):
             axis.legend(fontsize=7)
     return figure

@@ -105,7 +105,7 @@ class Distances(Callback):
 
     @torch.no_grad()
     def look(self, trainer: Trainer, pl_module: LightningModule, passes: int) -> None:
-        """Count distances by group and level, the last level being the anomaly map."""
+        """Count distances by group and level; the last is the paper's map, the geometric mean of the levels."""
         data, model = trainer.datamodule, pl_module.model
         parts = split(len(data.train_data), pl_module.holdout, pl_module.seed)
         test = range(len(data.test_data))
