@@ -108,7 +108,6 @@ class STPM(AnomalibModule):
         teacher_weights: Path of a ``.safetensors`` or ``.pth`` file; ``builtin`` for the package's small teacher,
             trained on CIFAR-10; nothing for timm's pretrained weights, which are downloaded.
         image_size: Height and width to which images are resized, pixels.
-        smoothing_sigma: Standard deviation of a Gaussian over the anomaly map, pixels; 0 for none.
         score_share: Share of the anomaly map, its highest values, whose mean is the image score; 0 for its maximum, as
             in the paper.
         level_power: Power of the mean over the levels' distances, each over its mean on held-out normal images, in
@@ -150,7 +149,6 @@ class STPM(AnomalibModule):
         layers: Sequence[str | int] = ("layer1", "layer2", "layer3"),
         teacher_weights: str | None = None,
         image_size: tuple[int, int] = (256, 256),
-        smoothing_sigma: float = 0.0,
         score_share: float = 0.003,
         level_power: float = -0.25,
         hard_share: float = 0.2,
@@ -185,7 +183,7 @@ class STPM(AnomalibModule):
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            self.model = STPMModel(backbone, layers, smoothing_sigma, score_share, level_power)
+            self.model = STPMModel(backbone, layers, score_share, level_power)
         self.backbone, self.teacher_weights = backbone, teacher_weights
         self.lr, self.momentum, self.weight_decay, self.hard_share = lr, momentum, weight_decay, hard_share
         self.schedule, self.epochs, self.batch_size, self.holdout = schedule, epochs, batch_size, holdout

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from .errors import STPMError
 from .features import FeaturePyramid, FrozenPyramid
@@ -20,7 +19,6 @@ class STPMModel(nn.Module):
     Args:
         backbone: timm model name.
         layers: Names or indices of the matched layers, from shallow to deep.
-        smoothing_sigma: Standard deviation of a Gaussian over the anomaly map, pixels; 0 for none.
         score_share: Share of the anomaly map, its highest values, whose mean is the image score; 0 for its maximum.
         level_power: Power of the mean over the levels, at most 0; 0 for the paper's product.
 
@@ -36,14 +34,10 @@ class STPMModel(nn.Module):
         self,
         backbone: str = "resnet18.tv_in1k",
         layers: Sequence[str | int] = ("layer1", "layer2", "layer3"),
-        smoothing_sigma: float = 0.0,
         score_share: float = 0.0,
         level_power: float = 0.0,
     ) -> None:
         super().__init__()
-        if smoothing_sigma < 0:
-            msg = f"smoothing_sigma={smoothing_sigma} must be 0 (no smoothing) or a width in pixels."
-            raise STPMError(msg)
         if not 0 <= score_share <= 1:
             msg = f"score_share={score_share} must be a share of the anomaly map, or 0 for its maximum."
             raise STPMError(msg)
@@ -52,7 +46,7 @@ class STPMModel(nn.Module):
             raise STPMError(msg)
         self.teacher = FrozenPyramid(backbone, layers)
         self.student = FeaturePyramid(backbone, layers)
-        self.smoothing_sigma, self.score_share, self.level_power = smoothing_sigma, score_share, level_power
+        self.score_share, self.level_power = score_share, level_power
         self.register_buffer("level_scales", torch.ones(len(layers)))  # normal distances, once the student is trained
         self.to(memory_format=torch.channels_last)  # twice as fast on CPUs, and no slower elsewhere
 
@@ -63,9 +57,6 @@ class STPMModel(nn.Module):
     def score(self, teacher: Sequence[Tensor], student: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
         """Turn two pyramids into the anomaly map (B, 1, H, W) and the image scores (B,), both in [0, 2]."""
         anomalies = anomaly_map(teacher, student, size, self.level_power, self.level_scales)
-        if self.smoothing_sigma:
-            reach = round(4 * self.smoothing_sigma)  # the Gaussian ends where it is 0.03 % of its height
-            anomalies = gaussian_blur(anomalies, [2 * reach + 1] * 2, [self.smoothing_sigma] * 2)
         scores = image_score(anomalies, self.score_share, self.teacher.strides[0])
         return InferenceBatch(pred_score=scores, anomaly_map=anomalies)
 

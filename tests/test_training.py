@@ -305,7 +305,6 @@ def test_one_cycle_rises_and_falls(demo, tmp_path):
     ("arguments", "words"),
     [
         ({"holdout": 1.5}, "holdout=1.5"),
-        ({"smoothing_sigma": -1}, "smoothing_sigma"),
         ({"layers": ["layer7"]}, "layer1 (1)"),
     ],
 )
