@@ -85,7 +85,7 @@ def rows() -> list[dict[str, Any]]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train a student; returns its held-out score and what each head finds in the test images."""
     torch.manual_seed(args.seed)
-    data = MVTecAD(root=args.category.resolve().parent, category=args.category.name, num_workers=0)
+    data = MVTecAD(root=args.category.absolute().parent, category=args.category.name, num_workers=0)
     data.setup()
     parts = split(len(data.train_data), args.holdout_share, args.seed)
     model = STPMModel("resnet18.tv_in1k")
