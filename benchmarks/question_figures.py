@@ -231,6 +231,9 @@ def throughput(rows: list[Row]) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(5, 3.2))
     axis.plot(pixels, means, "o-", color=COLOURS[0], label="measured")
     axis.plot(pixels, [means[0] * p / pixels[0] for p in pixels], "--", color="grey", label="in proportion to pixels")
-    axis.set(xscale="log", yscale="log", xlabel="megapixels", ylabel="milliseconds, one image")
+    axis.set(xscale="log", yscale="log", xlabel="image height and width, pixels", ylabel="milliseconds, one image")
+    axis.minorticks_off()
+    axis.set_xticks(pixels, [*times])
+    axis.set_yticks(marks := [20, 50, 100, 200, 500], map(str, marks))
     axis.legend()
     return figure

@@ -335,7 +335,8 @@ class Worker:
 
     def __init__(self, scorer: Scorer, heatmaps: Path | None, root: Path) -> None:
         cv2.setNumThreads(1)  # the cores are the model's and the decoders'
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken files are named in the end
+        set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # OpenCV moved it
+        set_log_level(0)  # silent: broken files are named in the end
         self.scorer, self.heatmaps, self.root = scorer, heatmaps, root
 
     def rows(self, paths: Iterable[str], unreadable: Callable[[str], None]) -> Iterator[Row]:
