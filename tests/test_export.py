@@ -1,3 +1,4 @@
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,8 +72,6 @@ def fixed(trained, tmp_path_factory):
 def test_openvino_agrees_through_every_door(trained, exported, fixed, numbered_images, tmp_path):
     import openvino as ov
     from anomalib.deploy import OpenVINOInferencer
-    from model_api.adapters import OpenvinoAdapter
-    from model_api.models import AnomalyDetection, Model
 
     checkpoint = trained[2]
     model = STPM.load_from_checkpoint(checkpoint)
@@ -86,16 +85,32 @@ def test_openvino_agrees_through_every_door(trained, exported, fixed, numbered_i
         rgb = np.asarray(Image.open(prediction.image_path[0]).convert("RGB"))
         pixels = (rgb / np.float32(255)).transpose(2, 0, 1)
         three = compiled(np.stack([pixels, pixels[::-1], pixels]))
-        by_model_api = Model.create_model(OpenvinoAdapter(ov.Core(), str(exported), plugin_config=float32))
-        assert isinstance(by_model_api, AnomalyDetection)
-        found = by_model_api(rgb)
         (resized,) = scorer.score([("", rgb[:, :, ::-1].copy())])
         anomalib = inferencer.predict(prediction.image_path[0])
-        scores = [anomalib.pred_score.item(), *three["pred_score"][[0, 2]], found.pred_score, resized.score]
-        labels = [anomalib.pred_label.item(), *three["pred_label"][[0, 2]], found.pred_label == "True"]
+        scores = [anomalib.pred_score.item(), *three["pred_score"][[0, 2]], resized.score]
+        labels = [anomalib.pred_label.item(), *three["pred_label"][[0, 2]]]
         np.testing.assert_allclose(scores, prediction.pred_score.item(), rtol=1e-3, atol=1e-4)
         assert {bool(label) for label in labels} == {bool(prediction.pred_label)}
         assert resized.label == ["normal", "anomalous"][int(prediction.pred_label)]
+
+
+def test_model_api_agrees(exported, numbered_images):
+    import openvino as ov
+
+    if int(version("openvino-model-api").split(".")[1]) < 4:
+        pytest.skip("openvino-model-api before 0.4, the last for Python 3.10, takes models of one output alone")
+    from model_api.adapters import OpenvinoAdapter
+    from model_api.models import AnomalyDetection, Model
+
+    float32 = {"INFERENCE_PRECISION_HINT": "f32"}
+    by_model_api = Model.create_model(OpenvinoAdapter(ov.Core(), str(exported), plugin_config=float32))
+    assert isinstance(by_model_api, AnomalyDetection)
+    compiled = ov.compile_model(exported, "CPU", float32)
+    for path in sorted(numbered_images.iterdir()):
+        rgb = np.asarray(Image.open(path).convert("RGB"))
+        plain, found = compiled((rgb / np.float32(255)).transpose(2, 0, 1)[None]), by_model_api(rgb)
+        assert found.pred_score == pytest.approx(float(plain["pred_score"][0]), rel=1e-3, abs=1e-4)
+        assert (found.pred_label == "True") == bool(plain["pred_label"][0])
 
 
 def openvino_scores(path, images, streams=1):
