@@ -101,7 +101,9 @@ def start(*command: str | Path, cwd: Path, mount: str = "") -> subprocess.Popen:
     """
     whole = [sys.executable, *map(str, command)]
     if mount:
-        shell = f'{mount} || exit 99; "$@"; code=$?; kill %1 2>&-; rm -f disk/filled; cp -a disk/. kept 2>&-; exit $code'
+        shell = (
+            f'{mount} || exit 99; "$@"; code=$?; kill %1 2>&-; rm -f disk/filled; cp -a disk/. kept 2>&-; exit $code'
+        )
         whole = ["unshare", "--map-root-user", "--mount", "sh", "-c", shell, "sh", *whole]
     for folder in ("disk", "kept"):
         (cwd / folder).mkdir(exist_ok=True)
