@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores: read when torch is imported
+
 import subprocess
 import sys
 from pathlib import Path
