@@ -168,7 +168,8 @@ def few(source: Path, count: int, root: Path) -> Path:
             for file in [path, mask] if folder.parent.name == "test" and mask.exists() else [path]:
                 copy = target / file.relative_to(source)  # no link: anomalib lists none that leaves the root
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
+                if not copy.exists():
+                    shutil.copyfile(file, copy)
     return root
 
 
