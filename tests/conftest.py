@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several processes share the cores: read when torch is imported
+# Read when torch is imported. Tests run side by side, each with processes of its own: two threads that share a core with
+# others wait for each other in oneDNN's bfloat16 kernels, and a step takes fifty times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -27,8 +28,6 @@ MODEL = {
 }
 
 NUMBERED = [(64, 64), (64, 64), (101, 77), (64, 64), (200, 131)]  # sizes of the numbered images
-
-torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,45 +14,28 @@ from conftest import run
 from benchmarks.question_figures import separation
 from benchmarks.questions import SizedAUPRO, subset
 
-pytestmark = pytest.mark.xdist_group("questions")  # one test's rows are another's
 ROOT = Path(__file__).parents[1]
 LITTLE = ("--size", "64", "--passes", "1", "--models", "STPM", "--shares", "50", "--levels", "layer1+layer2")
 LITTLE += ("--most", "3", "--sizes", "64", "128")
+RUNS = {"match": 2, "scales": 1, "teachers": 2, "fewshot": 2, "throughput": 1}
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder of rows for all questions."""
-    return tmp_path_factory.mktemp("results")
-
-
-@pytest.mark.parametrize(
-    ("question", "runs"), [("match", 2), ("scales", 1), ("teachers", 2), ("fewshot", 2), ("throughput", 1)]
-)
-def test_a_question_keeps_its_rows_and_draws_them(question: str, runs: int, kept: Path) -> None:
-    """The teacher that nobody made has a row that says how to make it."""
-    file = kept / "questions.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
-    asked = ("-m", "benchmarks.questions", question, *LITTLE, "--names", "random", "mnist", "--results", str(kept))
-    run(*asked, cwd=ROOT)
-    rows = {key: row for key, row in json.loads(file.read_text()).items() if key not in before}
-    assert len(rows) == runs
-    for row in rows.values():
+def test_each_question_keeps_its_rows_and_draws_them(tmp_path: Path) -> None:
+    """The teacher that nobody made has a row that says how to make it; figures are drawn again without training."""
+    ask, keep = ("-m", "benchmarks.questions"), ("--results", str(tmp_path))
+    run(*ask, "all", *LITTLE, "--names", "random", "mnist", *keep, cwd=ROOT)
+    kept = (tmp_path / "questions.json").read_text()
+    rows = json.loads(kept).values()
+    assert Counter(row["question"] for row in rows) == RUNS
+    for row in rows:
         assert {"versions", "date", "command"} <= row.keys() or "not made" in row["why"]
-    assert (kept / f"questions_{question}.png").exists()
-
-
-def test_figures_are_drawn_again_without_training(kept: Path) -> None:
-    """From what the questions before kept."""
-    figures = sorted(kept.glob("*.png"))
-    if not figures:
-        pytest.skip("draws what the tests before this one kept")
+    figures = sorted(tmp_path.glob("*.png"))
+    assert [figure.stem for figure in figures] == sorted(f"questions_{question}" for question in RUNS)
     for figure in figures:
         figure.unlink()
-    before = (kept / "questions.json").read_text()
-    run("-m", "benchmarks.questions", "figures", "--results", str(kept), cwd=ROOT)
-    assert sorted(kept.glob("*.png")) == figures
-    assert (kept / "questions.json").read_text() == before
+    run(*ask, "figures", *keep, cwd=ROOT)
+    assert sorted(tmp_path.glob("*.png")) == figures
+    assert (tmp_path / "questions.json").read_text() == kept
 
 
 def test_a_share_of_a_category_is_one_that_anomalib_lists(demo_root: Path, tmp_path: Path) -> None:
