@@ -23,19 +23,24 @@ def draw(kept: dict[str, Row], results: Path) -> None:
     """Write ``questions.md`` and a figure for each question that has rows."""
     mpl.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True})
     table(kept, results / "questions.md")
-    whole = [row for row in kept.values() if row.get("metrics") and not row.get("distances")]
-    usual = "imagenet" if any(row["teacher"] == "imagenet" for row in whole) else "cifar10"
-    plain = [row for row in whole if row["teacher"] == usual]
+    whole, plain = trained(kept)
     for name, figure, found in [
         ("match", match, [row for row in kept.values() if row.get("distances")]),
         ("scales", scales, [r for r in plain if r["share"] == 100 and r["seed"] == 0]),
         ("teachers", teachers, [r for r in whole if len(r["layers"]) == len(LAYERS) and r["share"] == 100]),
-        ("fewshot", fewshot, [r for r in plain if len(r["layers"]) == len(LAYERS)]),
+        ("fewshot", fewshot, few_series(plain)),
         ("throughput", throughput, [row for row in kept.values() if "milliseconds" in row]),
     ]:
         if found:
             figure(found).savefig(results / f"questions_{name}.png", dpi=110)
             plt.close("all")
+
+
+def trained(kept: dict[str, Row]) -> tuple[list[Row], list[Row]]:
+    """Return the rows of whole runs, and of those the ones with ImageNet's teacher, or without any the built-in one."""
+    whole = [row for row in kept.values() if row.get("metrics") and not row.get("distances")]
+    usual = "imagenet" if any(row["teacher"] == "imagenet" for row in whole) else "cifar10"
+    return whole, [row for row in whole if row["teacher"] == usual]
 
 
 def table(kept: dict[str, Row], file: Path) -> None:
@@ -55,6 +60,7 @@ def table(kept: dict[str, Row], file: Path) -> None:
     if teachers:
         lines += ["", "| teacher | its own test images classified right |", "|---|---|"]
         lines += [f"| {name} | {share:.1%} |" for name, share in teachers.items()]
+    lines += few_table(few_series(trained(kept)[1]))
     for row in kept.values():
         if "milliseconds" in row:
             lines += ["", "| one forward pass, pixels | ms | ns a pixel |", "|---|---|---|"]
@@ -72,9 +78,38 @@ def table(kept: dict[str, Row], file: Path) -> None:
     file.write_text("\n".join(lines) + "\n")
 
 
-def spread(values: list[float]) -> str:
+def few_table(series: dict[tuple[str, str], dict[int, list[Row]]]) -> list[str]:
+    """Lines with the mean and deviation over seeds for each share of a category's images."""
+    if not any(len(shares) > 1 for shares in series.values()):
+        return []
+    lines = ["", "| category | model | share | images | steps | seeds | " + " | ".join(METRICS.values()) + " |"]
+    lines += ["|---" * (6 + len(METRICS)) + "|"]
+    for (category, model), shares in sorted(series.items()):
+        for share, found in sorted(shares.items()):
+            counts = [str(found[-1].get(name, "")) for name in ("training_images", "steps")]
+            figures = [spread([row["metrics"][metric] for row in found], 3) for metric in METRICS]
+            lines.append("| " + " | ".join([category, model, f"{share} %", *counts, str(len(found)), *figures]) + " |")
+    return lines
+
+
+def few_series(rows: Iterable[Row]) -> dict[tuple[str, str], dict[int, list[Row]]]:
+    """Group runs with all levels by category and model, then by share of the images."""
+    series: dict[tuple[str, str], dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for category, part in by_category(row for row in rows if len(row["layers"]) == len(LAYERS)).items():
+        for row in part:
+            names = [row["model"]]
+            if row["model"] == "STPM":
+                passes, steps = longest(part), round(longest(part) * 100 / row["share"])
+                equal = {"STPM, equal passes": passes, "STPM, equal steps": steps}
+                names = [name for name, wanted in equal.items() if row["passes"] == wanted]
+            for name in names:
+                series[category, name][row["share"]].append(row)
+    return series
+
+
+def spread(values: list[float], digits: int = 1) -> str:
     """Mean and standard deviation."""
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def quantile(shares: list[float], part: float) -> float:
@@ -147,7 +182,7 @@ def scales(rows: list[Row]) -> plt.Figure:
         category: {tuple(r["layers"]): r for r in part if r["model"] == "STPM" and r["passes"] == longest(part)}
         for category, part in by_category(rows).items()
     }
-    names = ["+".join(name[-1] for name in subset) for subset in SUBSETS]
+    names = ["".join(name[-1] for name in subset) for subset in SUBSETS]
     figure, axes = plt.subplots(len(found), 4, figsize=(13, 2.8 * len(found)), squeeze=False)
     for (category, part), line in zip(found.items(), axes, strict=True):
         value: Callable[[str], list[float | None]] = lambda metric, part=part: [  # noqa: E731
@@ -160,7 +195,7 @@ def scales(rows: list[Row]) -> plt.Figure:
         )
         line[3].legend(fontsize=7, loc="lower right")
         for axis in line:
-            axis.set_xlabel("levels")
+            axis.set_xlabel("levels used")
     return figure
 
 
@@ -187,23 +222,14 @@ def teachers(rows: list[Row]) -> plt.Figure:
     return figure
 
 
-def fewshot(rows: list[Row]) -> plt.Figure:
+def fewshot(series: dict[tuple[str, str], dict[int, list[Row]]]) -> plt.Figure:
     """Three metrics over the share of images, with deviations over seeds."""
-    groups = by_category(rows)
-    figure, axes = plt.subplots(len(groups), 3, figsize=(11, 3 * len(groups)), squeeze=False)
-    for (category, part), line in zip(groups.items(), axes, strict=True):
-        passes = longest(part)
-        series: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
-        for row in part:
-            if row["model"] != "STPM":
-                series[row["model"]][row["share"]].append(row)
-                continue
-            if row["passes"] == passes:
-                series["STPM, equal passes"][row["share"]].append(row)
-            if row["passes"] == round(passes * 100 / row["share"]):
-                series["STPM, equal steps"][row["share"]].append(row)
+    categories = sorted({category for category, _ in series})
+    figure, axes = plt.subplots(len(categories), 3, figsize=(11, 3 * len(categories)), squeeze=False)
+    for category, line in zip(categories, axes, strict=True):
+        models = {model: shares for (where, model), shares in sorted(series.items()) if where == category}
         for axis, (metric, title) in zip(line, METRICS.items(), strict=True):
-            for colour, (name, shares) in zip(COLOURS, sorted(series.items()), strict=False):
+            for colour, (name, shares) in zip(COLOURS, models.items(), strict=False):
                 points = sorted((s, [r["metrics"][metric] for r in found]) for s, found in shares.items())
                 errors = [stdev(values) if len(values) > 1 else 0 for _, values in points]
                 axis.errorbar(

@@ -17,6 +17,7 @@ made by `pretrain_teacher.py`, in `--teachers DIR`, named after what they were t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
@@ -48,7 +49,7 @@ from stpm_plugin.training_data import split
 RESULTS = Path(__file__).parent / "results"
 QUESTIONS = ("match", "scales", "teachers", "fewshot", "throughput")
 LAYERS = ("layer1", "layer2", "layer3")
-SUBSETS = [[name for bit, name in enumerate(LAYERS) if number >> bit & 1] for number in range(1, 8)]
+SUBSETS = [list(subset) for count in (1, 2, 3) for subset in itertools.combinations(LAYERS, count)]
 TEACHERS = ("imagenet", "cifar10", "cifar100", "cifar10_shuffled", "mnist", "svhn", "random")
 SHARES = {5: 5, 10: 5, 20: 1, 50: 1, 100: 1}  # per cent of the normal training images: seeds
 PASSES = 12  # the defaults'; equal steps are PASSES / share
@@ -187,7 +188,8 @@ def answer(question: str, args: argparse.Namespace, folder: Path) -> None:
             save(args.results, question, throughput(args.sizes) | environment("python -m benchmarks.questions"))
         return
     wanted = {name_of(job): job for job in jobs(question, args, folder)}
-    wanted = {key: job for key, job in wanted.items() if key not in rows(args.results)}
+    kept = {key for key, row in rows(args.results).items() if "why" not in row}  # what was missing may be there now
+    wanted = {key: job for key, job in wanted.items() if key not in kept}
     for key, job in track(wanted.items(), f"{question}: {len(wanted)} runs"):
         print(key, flush=True)
         run, weights, why = settings(job, args, folder), job.pop("weights"), job.pop("missing", "")

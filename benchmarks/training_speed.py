@@ -74,7 +74,8 @@ class Clock(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the end of the last pass, held-out scores or validation included."""
-        del trainer, pl_module
+        del pl_module
+        self.row |= {"training_images": len(trainer.datamodule.train_data), "steps": trainer.global_step}
         ends = [*self.starts[1:], time.perf_counter()]
         self.row["pass_seconds"] = [round(end - start, 3) for start, end in zip(self.starts, ends, strict=True)]
 
