@@ -149,7 +149,7 @@ def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int
     if kept.get("scores"):
         draw_training(kept["scores"], kept["epoch"]).savefig(out / "training.png", dpi=110)
     for path in broken:
-        print(f"{path} cannot be read as an image.", file=sys.stderr)
+        print(f"{path} cannot be read as an image of 8 bits a channel.", file=sys.stderr)
     print(
         f"{len(seen)} pictures of images lie in {out}, and scores.png and training.png where there is something to draw"
     )

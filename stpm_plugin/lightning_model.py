@@ -418,8 +418,8 @@ class STPM(AnomalibModule):
 
         del metric
         plain = functools.partial(super().to_openvino, model_file_name=model_file_name, input_size=input_size)
+        require_room(Path(export_root), size_of(self.model.state_dict()), "the model", "--export_root")
         if compression_type not in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ):
-            require_room(Path(export_root), size_of(self.model.state_dict()), "the model", "--export_root")
             target = plain(export_root, compression_type=compression_type, datamodule=datamodule, **arguments)
             describe(target)
             return target
