@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import STPMError
-from .score import find_images, read_images
+from .score import UNREADABLE, find_images, read_images
 from .verify import load, tensor
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int
     if kept.get("scores"):
         draw_training(kept["scores"], kept["epoch"]).savefig(out / "training.png", dpi=110)
     for path in broken:
-        print(f"{path} cannot be read as an image of 8 bits a channel.", file=sys.stderr)
+        print(f"{path} {UNREADABLE}.", file=sys.stderr)
     print(
         f"{len(seen)} pictures of images lie in {out}, and scores.png and training.png where there is something to draw"
     )

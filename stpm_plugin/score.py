@@ -33,6 +33,8 @@ COLUMNS = ("path", "score", "label", "latency_ms")
 Row = tuple[str, float, str, float]
 DECODERS = min(4, os.cpu_count() or 1)  # threads: decoding a megapixel takes as long as scoring it
 AHEAD = 4 * DECODERS  # decoded images that may wait
+UNREADABLE = "cannot be read as an image, or not as training reads it: convert it to a plain PNG of 8 bits a channel"
+TIFF = (b"II*\0", b"MM\0*")  # first bytes
 AS_STORED = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 
 
@@ -226,13 +228,20 @@ def read_images(paths: Iterable[str], unreadable: Callable[[str], None]) -> Iter
 def _decode(path: str) -> np.ndarray | None:
     """Read an image (H, W, 3), BGR, uint8, as training does; nothing if the file is none or one that training refuses.
 
-    Of 16-bit colours the upper eight bits count; grey of more than 8 bits is refused.
+    Of 16-bit colours the upper eight bits count; grey of more than 8 bits is refused, and so is what OpenCV and Pillow
+    take for different pictures: a TIFF with transparency, and an animated PNG whose still image is none of its frames.
     """
     try:
-        image = cv2.imdecode(np.fromfile(path, np.uint8), AS_STORED)
+        data = np.fromfile(path, np.uint8)
+        image = cv2.imdecode(data, AS_STORED)
     except (OSError, cv2.error):
         return None
     if image is None or (image.dtype, image.ndim) not in [(np.uint8, 2), (np.uint8, 3), (np.uint16, 3)]:
+        return None
+    if data[:4].tobytes() in TIFF and cv2.imdecode(data, cv2.IMREAD_UNCHANGED).shape[2:] == (4,):
+        return None
+    head = data.tobytes().partition(b"IDAT")[0]
+    if b"acTL" in head and b"fcTL" not in head:
         return None
     if image.ndim == 2:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
@@ -320,7 +329,7 @@ def run(options: argparse.Namespace) -> int:
             progress.step()
     progress.end()
     for path in broken:
-        print(f"{path} cannot be read as an image of 8 bits a channel; it has no row.", file=sys.stderr)
+        print(f"{path} {UNREADABLE}; it has no row until then.", file=sys.stderr)
     return 2 if broken else 0
 
 

@@ -19,7 +19,7 @@ from rich.progress import track
 from torchmetrics.functional.classification import binary_auroc
 
 from .errors import STPMError
-from .score import Scorer, find_images, read_images
+from .score import UNREADABLE, Scorer, find_images, read_images
 
 if TYPE_CHECKING:
     from .lightning_model import STPM
@@ -95,7 +95,7 @@ def compare(options: argparse.Namespace) -> int:
         print(f"image AUROC: {old:.4f} before, {new:.4f} after")
         agree = agree and new >= old - options.auroc
     for path in broken:
-        print(f"{path} cannot be read as an image of 8 bits a channel.", file=sys.stderr)
+        print(f"{path} {UNREADABLE}.", file=sys.stderr)
     print("the two agree" if agree else "the two do NOT agree within the limits")
     return 0 if agree else 1
 

@@ -95,12 +95,18 @@ def test_unreadable_files_lose_nothing(exported, numbered_images, tmp_path, caps
     assert [Path(row["path"]).name for row in rows(table)] == [f"frame {number}.png" for number in (7, 8, 11)]
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_deep_grey_is_refused(tmp_path, suffix):
-    Image.fromarray(np.full((9, 7), 40_000, np.uint16)).save(tmp_path / f"deep.{suffix}")
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif", "clear.tif", "apart.png"])
+def test_an_image_that_training_reads_otherwise_is_refused(tmp_path, name):
+    still, frames = Image.new("RGB", (9, 7), "red"), [Image.new("RGB", (9, 7), colour) for colour in ("blue", "green")]
+    if name.startswith("deep"):
+        Image.fromarray(np.full((9, 7), 40_000, np.uint16)).save(tmp_path / name)
+    elif name == "clear.tif":
+        Image.new("RGBA", (9, 7), (200, 100, 50, 100)).save(tmp_path / name)
+    else:
+        still.save(tmp_path / name, save_all=True, append_images=frames, default_image=True)
     refused = []
-    assert not [*score.read_images([str(tmp_path / f"deep.{suffix}")], refused.append)]
-    assert refused == [str(tmp_path / f"deep.{suffix}")]
+    assert not [*score.read_images([str(tmp_path / name)], refused.append)]
+    assert refused == [str(tmp_path / name)]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
