@@ -153,6 +153,7 @@ def spread(values: list[float | None], digits: int) -> str:
 def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> Any:
     """Bars of three metrics with deviations, and image AUROC over fit time."""
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
     categories, names = sorted({c for c, _ in groups}), sorted({n for _, n in groups})
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
@@ -163,10 +164,11 @@ def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> Any:
                 if values:
                     error = stdev(values) if len(values) > 1 else 0
                     where, colour = at + 0.8 * (place + 0.5) / len(names) - 0.4, f"C{place}"
-                    axis.bar(where, mean(values), 0.7 / len(names), yerr=error, color=colour, label="" if at else name)
+                    axis.bar(where, mean(values), 0.7 / len(names), yerr=error, color=colour)
         axis.set_xticks(range(len(categories)), categories)
         axis.set(title=METRICS[metric], ylim=(0.4, 1.0))
-    axes[0].legend(fontsize=7, loc="lower left")
+    handles = [Patch(color=f"C{place}", label=name) for place, name in enumerate(names)]
+    axes[0].legend(handles=handles, fontsize=7, loc="lower left")
     for place, name in enumerate(names):
         found = [groups[category, name] for category in categories if (category, name) in groups]
         for one in found:

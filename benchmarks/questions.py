@@ -201,8 +201,7 @@ def answer(question: str, args: argparse.Namespace, folder: Path) -> None:
         row = train(run, weights, folder)
         if question == "match":
             row["looks"] = json.loads((folder / "distances.json").read_text())
-        if question == "teachers":
-            row["teacher_accuracy"] = accuracy_of(job["teacher"], weights)
+        row["teacher_accuracy"] = accuracy_of(job["teacher"], weights)
         row |= {"seconds": round(time.time() - begin), **environment(f"python -m benchmarks.questions {question}")}
         save(args.results, key, {"question": question, **job, **row})
 

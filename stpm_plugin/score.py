@@ -238,7 +238,8 @@ def _decode(path: str) -> np.ndarray | None:
         return None
     if image is None or (image.dtype, image.ndim) not in [(np.uint8, 2), (np.uint8, 3), (np.uint16, 3)]:
         return None
-    if data[:4].tobytes() in TIFF and cv2.imdecode(data, cv2.IMREAD_UNCHANGED).shape[2:] == (4,):
+    whole = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data[:4].tobytes() in TIFF else None
+    if whole is not None and whole.shape[2:] == (4,):
         return None
     head = data.tobytes().partition(b"IDAT")[0]
     if b"acTL" in head and b"fcTL" not in head:
