@@ -166,9 +166,9 @@ def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> Any:
                     where, colour = at + 0.8 * (place + 0.5) / len(names) - 0.4, f"C{place}"
                     axis.bar(where, mean(values), 0.7 / len(names), yerr=error, color=colour)
         axis.set_xticks(range(len(categories)), categories)
-        axis.set(title=METRICS[metric], ylim=(0.4, 1.0))
+        axis.set(title=METRICS[metric], ylim=(0.3, 1.0))
     handles = [Patch(color=f"C{place}", label=name) for place, name in enumerate(names)]
-    axes[0].legend(handles=handles, fontsize=7, loc="lower left")
+    figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=len(names))
     for place, name in enumerate(names):
         found = [groups[category, name] for category in categories if (category, name) in groups]
         for one in found:
@@ -176,6 +176,8 @@ def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> Any:
             if seconds:
                 axes[3].plot(mean(seconds), mean(row["metrics"]["image_AUROC"] for row in one), "o", color=f"C{place}")
     axes[3].set(xscale="log", xlabel="seconds to fit", title="image AUROC over time")
+    axes[3].minorticks_off()
+    axes[3].set_xticks(marks := [50, 100, 200, 500, 1000], map(str, marks))
     return figure
 
 

@@ -80,7 +80,7 @@ def table(kept: dict[str, Row], file: Path) -> None:
 
 def few_table(series: dict[tuple[str, str], dict[int, list[Row]]]) -> list[str]:
     """Lines with the mean and deviation over seeds for each share of a category's images."""
-    if not any(len(shares) > 1 for shares in series.values()):
+    if not series:
         return []
     lines = ["", "| category | model | share | images | steps | seeds | " + " | ".join(METRICS.values()) + " |"]
     lines += ["|---" * (6 + len(METRICS)) + "|"]
@@ -93,7 +93,7 @@ def few_table(series: dict[tuple[str, str], dict[int, list[Row]]]) -> list[str]:
 
 
 def few_series(rows: Iterable[Row]) -> dict[tuple[str, str], dict[int, list[Row]]]:
-    """Group runs with all levels by category and model, then by share of the images."""
+    """Group runs with all levels by category and model, then by share of the images; all images alone are none."""
     series: dict[tuple[str, str], dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for category, part in by_category(row for row in rows if len(row["layers"]) == len(LAYERS)).items():
         for row in part:
@@ -104,7 +104,7 @@ def few_series(rows: Iterable[Row]) -> dict[tuple[str, str], dict[int, list[Row]
                 names = [name for name, wanted in equal.items() if row["passes"] == wanted]
             for name in names:
                 series[category, name][row["share"]].append(row)
-    return series
+    return {key: shares for key, shares in series.items() if set(shares) != {100}}
 
 
 def spread(values: list[float], digits: int = 1) -> str:
