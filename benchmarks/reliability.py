@@ -764,7 +764,9 @@ def judged(said: dict[str, float | str], apart: int | None, folder: str) -> dict
     """One image's row: what each route said, how far pixels are apart, and whether that is well."""
     numbers = [value for value in said.values() if not isinstance(value, str)]
     texts = {route: value for route, value in said.items() if isinstance(value, str)}
-    if numbers and (texts or max(numbers) - min(numbers) > SAME or apart is None or apart > 1):
+    if numbers and texts.keys() == {"score"} and max(numbers) - min(numbers) <= SAME:
+        verdict = f"{SENTENCE} by `score`, which reads it otherwise; training and predict: {RIGHT}"
+    elif numbers and (texts or max(numbers) - min(numbers) > SAME or apart is None or apart > 1):
         verdict = f"{DEFECT}: the routes differ"
     elif texts and "STPMError" not in texts["predict"]:
         verdict = f"{SENTENCE}; predict: {HOST}"
@@ -815,7 +817,9 @@ def _cell(text: str) -> str:
 def main() -> None:
     """Provoke the faults and write the table."""
     parser = argparse.ArgumentParser("python -m benchmarks.reliability", description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", help="words in the names of faults, or `images` for their kinds; all by default")
+    parser.add_argument(
+        "names", nargs="*", help="words in the names of faults, or `images` for their kinds; all by default"
+    )
     chosen = parser.parse_args().names
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children
     kept = json.loads(RESULT.read_text()) if RESULT.exists() else {"faults": {}, "images": {}}
