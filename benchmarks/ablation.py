@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur, normalize, resize
 
 from benchmarks.environment import environment
+from stpm_plugin.features import FeaturePyramid
 from stpm_plugin.matching import distance, image_score, matching_loss
 from stpm_plugin.pre_processing import IMAGENET_MEAN, IMAGENET_STD
 from stpm_plugin.teacher_weights import load_teacher
@@ -44,14 +45,21 @@ USUAL = {  # of a student; the plugin's defaults may have come from here since
     "padding": "zeros",
     "corrupted": 0.0,
     "exact_statistics": False,
+    "turned": False,
+    "student": "resnet18.tv_in1k",
+    "size": 256,
 }
-SIZE = (256, 256)
+SIZE = (256, 256)  # of the anomaly maps
+LAYERS = ("layer1", "layer2", "layer3")
 HELP = {
     "weight_decay": "of SGD, on all weights",
     "holdout_share": "of the good training images; a twentieth is nearly all of them for training",
     "padding": "of the convolutions of both networks: zeros, reflect or replicate",
     "corrupted": "share of images that the student sees corrupted",
     "exact_statistics": "compute BatchNorm's statistics over all images at the end",
+    "turned": "turn by right angles and mirror what is trained on, at random",
+    "student": "timm model with as many channels in each layer as the teacher: resnet10t has half its blocks",
+    "size": "height and width of the images, pixels; the maps are of 256",
 }
 MOST = USUAL | {"passes": 12, "hard_share": 0.2, "holdout_share": 0.05}  # of the students whose heads were compared
 Levels = list[Tensor]
@@ -89,13 +97,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     data = MVTecAD(root=args.category.absolute().parent, category=args.category.name, num_workers=0)
     data.setup()
     parts = split(len(data.train_data), args.holdout_share, args.seed)
-    model = STPMModel("resnet18.tv_in1k")
+    model = STPMModel("resnet18.tv_in1k", LAYERS)
+    if args.student != USUAL["student"]:
+        model.student = FeaturePyramid(args.student, LAYERS).to(memory_format=torch.channels_last)
     load_teacher(model.teacher, "resnet18.tv_in1k", str(args.teacher))
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and args.padding != "zeros":
             module.padding_mode = args.padding
             module._reversed_padding_repeated_twice = [side for side in reversed(module.padding) for _ in range(2)]
-    images = torch.cat([image(data.train_data[place].image) for place in parts.train])
+    images = torch.cat([image(data.train_data[place].image, args.size) for place in parts.train])
     kept = [torch.cat(level) for level in zip(*[model.teach(one) for one in images.split(8)], strict=True)]
     begin, student, steps = time.perf_counter(), model.student, args.passes * (len(images) // args.batch)
     sgd = torch.optim.SGD(student.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -104,10 +114,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.passes):
         order = torch.randperm(len(images))[: len(images) // args.batch * args.batch]
         for places in order.split(args.batch):
-            seen = corrupt(images[places], args.corrupted) if args.corrupted else images[places]
+            seen, teacher = images[places], [level[places] for level in kept]
+            if args.turned:
+                seen = turn(seen)
+                teacher = model.teach(seen)
+            elif args.corrupted:
+                seen = corrupt(seen, args.corrupted)
             with torch.autocast("cpu", torch.bfloat16):
                 features = student(seen.to(memory_format=torch.channels_last))
-            loss = matching_loss([level[places] for level in kept], features, args.hard_share)
+            loss = matching_loss(teacher, features, args.hard_share)
             sgd.zero_grad()
             loss.backward()
             sgd.step()
@@ -116,11 +131,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         settle(student, images)
     student.eval()
     found = {"seconds": round(time.perf_counter() - begin)}
-    good = levels(model, (data.train_data[place].image for place in parts.holdout))
+    good = levels(model, (data.train_data[place].image for place in parts.holdout), args.size)
     found["holdout"] = round(float(product(good).pow(3).mean().pow(1 / 3)), 4)
     masks = torch.stack([F.interpolate(item.gt_mask[None, None].float(), SIZE)[0, 0] > 0 for item in data.test_data])
     labels = torch.stack([item.gt_label.reshape(()) for item in data.test_data]).bool()
-    test = levels(model, (item.image for item in data.test_data))
+    test = levels(model, (item.image for item in data.test_data), args.size)
     found["heads"] = {name: measure(*head(test, good), masks, labels) for name, head in heads().items()}
     print(json.dumps(found, indent=1))
     return found
@@ -137,9 +152,15 @@ def settle(student: nn.Module, images: Tensor) -> None:
         student(batch.to(memory_format=torch.channels_last))
 
 
-def image(pixels: Tensor) -> Tensor:
+def image(pixels: Tensor, size: int) -> Tensor:
     """Resize and normalise an image (3, H, W) as the plugin does."""
-    return normalize(resize(pixels[None], list(SIZE), antialias=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
+    return normalize(resize(pixels[None], [size, size], antialias=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+def turn(images: Tensor) -> Tensor:
+    """Turn and mirror each image (B, 3, H, H) into one of its eight positions."""
+    turned = [one.rot90(int(torch.randint(4, ())), (1, 2)) for one in images]
+    return torch.stack([one.flip(2) if torch.rand(()) < 0.5 else one for one in turned])
 
 
 def corrupt(images: Tensor, share: float) -> Tensor:
@@ -155,11 +176,11 @@ def corrupt(images: Tensor, share: float) -> Tensor:
 
 
 @torch.no_grad()
-def levels(model: STPMModel, images: Iterator[Tensor]) -> Levels:
+def levels(model: STPMModel, images: Iterator[Tensor], size: int) -> Levels:
     """Return each level's distances (N, 1, H_l, W_l)."""
     found = [
         [distance(t, s)[:, None] for t, s in zip(model.teach(x), model.student(x), strict=True)]
-        for x in map(image, images)
+        for x in (image(one, size) for one in images)
     ]
     return [torch.cat(level) for level in zip(*found, strict=True)]
 
@@ -236,7 +257,7 @@ def table() -> None:
         "\nHeads, of the same students (image AUROC / pixel AUROC / PRO); 12 passes, hard share 0.2, a twentieth held "
         "out, where nothing else is said:\n"
     )
-    shown = [row for row in rows() if "power mean over held-out means, -1" in row["heads"]]
+    shown = [{**USUAL, **row} for row in rows() if "power mean over held-out means, -1" in row["heads"]]
     students = [
         ", ".join([row["category"], *(f"{k.replace('_', ' ')} {row[k]}" for k in MOST if row[k] != MOST[k])])
         for row in shown
