@@ -47,7 +47,7 @@ def publish(model: type, home: str) -> None:
 def _on_import(module: ModuleType) -> None:
     """Import the plugin's classes after ``module``; each publishes itself, so a second call changes nothing."""
     half_initialised = getattr(module.__spec__, "_initializing", False)
-    if half_initialised and module.__name__ == "anomalib.models" and "anomalib.models.video" not in sys.modules:
+    if half_initialised and module.__name__ == "anomalib.models" and not hasattr(module, "get_model"):
         return
     try:
         for name in PROVIDED:
@@ -57,8 +57,11 @@ def _on_import(module: ModuleType) -> None:
 
 
 def _warn(error: Exception) -> None:
-    warnings.warn(
+    said = (
         f"stpm_plugin could not register STPM with anomalib ({type(error).__name__}: {error}). Reinstall it with "
-        "`pip install --force-reinstall stpm-plugin`, or set STPM_PLUGIN_AUTOLOAD=0 to go on without it.",
-        stacklevel=2,
+        "`pip install --force-reinstall stpm-plugin`, or set STPM_PLUGIN_AUTOLOAD=0 to go on without it."
     )
+    try:
+        warnings.warn(said, stacklevel=2)
+    except UserWarning:  # `python -W error` raises it, here in the middle of `import torch`
+        print(said, file=sys.stderr)

@@ -19,6 +19,9 @@ ONE_EPOCH = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "fals
 SMALL = ["--model.backbone", "resnet18", "--model.teacher_weights", "builtin", "--model.image_size", "[64,64]"]
 
 
+KEPT_OUT = shutil.ignore_patterns("*.safetensors", "__pycache__")
+
+
 def data(root: Path) -> list[str]:
     return ["--data", "stpm_plugin.DemoData", "--data.root", str(root), *(f"--data.{k}={v}" for k, v in TINY.items())]
 
@@ -70,11 +73,44 @@ def test_switched_off_by_the_environment():
 
 def test_a_broken_plugin_breaks_neither_torch_nor_anomalib(tmp_path):
     broken = tmp_path / "stpm_plugin"
-    shutil.copytree(Path(__file__).parents[1] / "stpm_plugin", broken, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(Path(__file__).parents[1] / "stpm_plugin", broken, ignore=KEPT_OUT)
     (broken / "lightning_model.py").write_text("raise OSError('half removed')")
     output = run("-c", "import anomalib.models; print('alive')", env={"PYTHONPATH": str(tmp_path)})
     assert "alive" in output
     assert "half removed" in output
+    assert "STPM_PLUGIN_AUTOLOAD=0" in output
+
+
+HOST = "from stpm_plugin.register import autoload; autoload(); import anomalib.models; print('alive')"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("wrapt.py", "raise ModuleNotFoundError('no wrapt')", "no wrapt"),
+        ("stpm_plugin/lightning_model.py", None, "No module named 'stpm_plugin.lightning_model'"),
+        ("stpm_plugin/lightning_model.py", "class STPM(", "SyntaxError"),
+        ("stpm_plugin/lightning_model.py", "from anomalib.models import AnomalibModule", "ImportError"),
+        ("stpm_plugin/demo_data.py", "1 / 0", "ZeroDivisionError"),
+        ("anomalib/models/__init__.py", "def get_model(): ...", "ModuleNotFoundError"),  # of another version
+    ],
+)
+@pytest.mark.parametrize("warnings", ["default", "error"])
+def test_no_broken_installation_stops_its_host(file, content, said, warnings, tmp_path):
+    (tmp_path / "anomalib/models").mkdir(parents=True)  # a host of empty modules, which imports no torch
+    for name in ("__init__.py", "models/video.py"):
+        (tmp_path / "anomalib" / name).touch()
+    (tmp_path / "anomalib/models/__init__.py").write_text("get_model = None")
+    shutil.copytree(Path(__file__).parents[1] / "stpm_plugin", tmp_path / "stpm_plugin", ignore=KEPT_OUT)
+    if not file.startswith("anomalib"):
+        (tmp_path / "stpm_plugin/lightning_model.py").write_text("")
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(content)
+    output = run("-W", warnings, "-c", HOST, env={"PYTHONPATH": str(tmp_path), "PYTHONWARNINGS": ""})
+    assert "alive" in output
+    assert said in output
     assert "STPM_PLUGIN_AUTOLOAD=0" in output
 
 
