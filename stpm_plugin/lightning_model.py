@@ -119,6 +119,8 @@ class STPM(AnomalibModule):
         weight_decay: Weight decay of SGD.
         schedule: ``constant`` rate, or ``one-cycle``: up to ``lr`` in the first 30 % of the steps, then down to zero.
         epochs: Passes over the training images where the trainer's ``max_epochs`` is not set.
+        min_steps: Steps that those passes come to at least: with few images there are more passes; 0 for ``epochs``
+            alone.
         batch_size: Training images in a step; nothing for the datamodule's ``train_batch_size``.
         holdout: Share of the normal training images to hold out, in [0, 1); 0 takes the last epoch's weights.
         cache: Where images and teacher features are kept between epochs: ``memory`` (the GPU's while they take at most
@@ -150,13 +152,14 @@ class STPM(AnomalibModule):
         teacher_weights: str | None = None,
         image_size: tuple[int, int] = (256, 256),
         score_share: float = 0.003,
-        level_power: float = -0.25,
+        level_power: float = -0.5,
         hard_share: float = 0.2,
         lr: float = 1.6,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         schedule: Literal["constant", "one-cycle"] = "one-cycle",
-        epochs: int = 12,
+        epochs: int = 8,
+        min_steps: int = 600,
         batch_size: int | None = 2,
         holdout: float = 0.05,
         cache: CacheMode = "auto",
@@ -186,7 +189,8 @@ class STPM(AnomalibModule):
             self.model = STPMModel(backbone, layers, score_share, level_power)
         self.backbone, self.teacher_weights = backbone, teacher_weights
         self.lr, self.momentum, self.weight_decay, self.hard_share = lr, momentum, weight_decay, hard_share
-        self.schedule, self.epochs, self.batch_size, self.holdout = schedule, epochs, batch_size, holdout
+        self.schedule, self.epochs, self.min_steps = schedule, epochs, min_steps
+        self.batch_size, self.holdout = batch_size, holdout
         self.cache, self.cache_dir, self.precision, self.seed = cache, cache_dir, precision, seed
 
         self._teacher_ready = False  # weights are read when fit starts, so that a checkpoint never needs their source
@@ -250,7 +254,7 @@ class STPM(AnomalibModule):
     # Training
 
     def setup(self, stage: str) -> None:
-        """Before a fit: take over the drawing of batches, bound the run, and put validation off to its end.
+        """Before a fit: take over the drawing of batches, and put validation off to the end.
 
         Raises:
             STPMError: The fit was started with plain data loaders.
@@ -266,12 +270,6 @@ class STPM(AnomalibModule):
             )
             raise STPMError(msg)
         datamodule.train_dataloader = self._train_dataloader  # on this instance, until teardown
-        unbounded = trainer.max_steps == -1 and trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS
-        if unbounded and self.epochs != LIGHTNING_DEFAULT_EPOCHS:
-            trainer.fit_loop.max_epochs = self.epochs
-            rank_zero_info(
-                f"STPM: trainer.max_epochs is not set; training {self.epochs} epochs (the model's `epochs`)."
-            )
         if trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0:
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
 
@@ -544,7 +542,17 @@ class STPM(AnomalibModule):
             rank_zero_info("STPM: training images are augmented, so they and the teacher's features are made anew.")
             mode = "off"
         self._kept = self._keep(mode, [*parts.train, *parts.holdout], self._batch_size) if mode != "off" else None
-        return TrainingBatches(loader, parts.train, self._batch_size, self._data_seed, self._kept)
+        batches = TrainingBatches(loader, parts.train, self._batch_size, self._data_seed, self._kept)
+        self._bound(len(batches))
+        return batches
+
+    def _bound(self, steps: int) -> None:
+        """Bound a run that names no end, to ``epochs`` of so many steps, or more of few."""
+        trainer = self.trainer
+        if trainer.max_steps == -1 and trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS:
+            trainer.fit_loop.max_epochs = epochs = max(self.epochs, -(-self.min_steps // steps))
+            why = "`epochs`" if epochs == self.epochs else f"`min_steps`, {self.min_steps}"
+            rank_zero_info(f"STPM: trainer.max_epochs is not set; training {epochs} epochs (the model's {why}).")
 
     @property
     def _datamodule(self) -> Any:

@@ -253,9 +253,13 @@ def test_quantile_by_hand():
         STPMPostProcessor(normal_quantile=1.0)
 
 
-def test_own_epochs_bound_a_run_that_names_none(demo, tmp_path):
-    _, model = fit(demo, tmp_path, None, epochs=2)
-    assert model.trainer.current_epoch == 2
+@pytest.mark.parametrize(("min_steps", "epochs"), [(0, 2), (4, 2), (5, 3)])
+def test_own_epochs_bound_a_run_that_names_none(min_steps, epochs, demo, tmp_path):
+    """Eight of ten images train, four in a step: two steps an epoch."""
+    _, model = fit(demo, tmp_path, None, schedule="one-cycle", epochs=2, min_steps=min_steps)
+    assert model.trainer.current_epoch == epochs
+    assert model.trainer.global_step == 2 * epochs
+    assert model.trainer.lr_scheduler_configs[0].scheduler.total_steps == 2 * epochs
     assert model.trainer.progress_bar_metrics["minutes_left"] == 0
 
 
