@@ -112,6 +112,8 @@ class STPM(AnomalibModule):
             in the paper.
         level_power: Power of the mean over the levels' distances, each over its mean on held-out normal images, in
             [-4, 0]: below 0 the levels that see less count more; 0 for the paper's product.
+        finest_weight: Weight of the shallowest level in that mean, above 0; the others have 1, and so has it in the
+            paper.
         hard_share: Share of the positions in a batch, those of the largest distances, that train; 1 for all, as in
             the paper.
         lr: Learning rate of SGD, the highest of the schedule; 0.4 is the authors', for a batch of 32.
@@ -152,7 +154,8 @@ class STPM(AnomalibModule):
         teacher_weights: str | None = None,
         image_size: tuple[int, int] = (256, 256),
         score_share: float = 0.003,
-        level_power: float = -0.5,
+        level_power: float = -1.0,
+        finest_weight: float = 0.5,
         hard_share: float = 0.2,
         lr: float = 1.6,
         momentum: float = 0.9,
@@ -186,7 +189,7 @@ class STPM(AnomalibModule):
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            self.model = STPMModel(backbone, layers, score_share, level_power)
+            self.model = STPMModel(backbone, layers, score_share, level_power, finest_weight)
         self.backbone, self.teacher_weights = backbone, teacher_weights
         self.lr, self.momentum, self.weight_decay, self.hard_share = lr, momentum, weight_decay, hard_share
         self.schedule, self.epochs, self.min_steps = schedule, epochs, min_steps

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LEAST = 1e-6  # of a level's normal distance: keeps negative powers finite, in half precision too
+LEAST = 0.01  # of a level's normal distance: less says nothing, and its powers down to -2 fit half precision
 
 
 def normalize(features: Tensor) -> Tensor:
@@ -70,14 +70,15 @@ def anomaly_map(
     size: tuple[int, int],
     power: float = 0.0,
     scales: Tensor | None = None,
+    finest_weight: float = 1.0,
 ) -> Tensor:
     """The levels' distances, upsampled and averaged, on the scale of one distance.
 
     With a ``power`` of 0 the mean is the geometric one: the paper multiplies the levels, and here the product's root
     is taken. The order of all scores, so AUROC and PRO, is the product's, and the values survive half precision and
-    look right as colours. Below 0 it is a power mean of the levels over their ``scales``, upsampled as powers, so
-    that the lower levels and positions count more: what is anomalous is so at all levels, and a coarse level's halo
-    around a defect counts less.
+    look right as colours. Below 0 it is a power mean of the levels over their ``scales``, so that the lower levels
+    count more: what is anomalous is so at all levels. The levels are then upsampled as powers of twice that, so that
+    between two positions the lower one counts more, and a coarse level's halo around a defect stays narrow.
 
     Args:
         teacher: One map of unit vectors (B, C_l, H_l, W_l) for each level.
@@ -86,18 +87,22 @@ def anomaly_map(
         power: Power of the mean, at most 0.
         scales: Mean distance of each level on normal images (L,), as :func:`level_means` gives them; for powers
             below 0; nothing for equal ones.
+        finest_weight: Weight of the first level in the mean; the others have 1.
 
     Returns:
         Anomaly map in [0, 2], (B, 1, H, W), float32; a power mean is at most the geometric one.
     """
     levels = [distance(t, s).unsqueeze(1) for t, s in zip(teacher, student, strict=True)]  # (B, 1, H_l, W_l)
+    weights = [finest_weight, *[1.0] * (len(levels) - 1)]
     if not power:
-        product = functools.reduce(torch.mul, (_upsample(level, size) for level in levels))  # (B, 1, H, W)
-        return product.pow(1 / len(levels))
+        product = functools.reduce(torch.mul, (_upsample(x, size).pow(w) for x, w in zip(levels, weights, strict=True)))
+        return product.pow(1 / sum(weights))  # (B, 1, H, W)
     scales = levels[0].new_ones(len(levels)) if scales is None else scales
     relative = [(level / scale).clamp(min=LEAST) for level, scale in zip(levels, scales, strict=True)]
-    total = functools.reduce(torch.add, (_upsample(level.pow(power), size) for level in relative))  # (B, 1, H, W)
-    return (total / len(levels)).pow(1 / power) * scales.log().mean().exp()
+    upsampled = [_upsample(level.pow(2 * power), size).sqrt() for level in relative]  # (B, 1, H, W) each
+    total = functools.reduce(torch.add, (level * w for level, w in zip(upsampled, weights, strict=True)))
+    scale = (scales.log() * scales.new_tensor(weights)).sum() / sum(weights)
+    return (total / sum(weights)).pow(1 / power) * scale.exp()
 
 
 def _upsample(level: Tensor, size: tuple[int, int]) -> Tensor:

@@ -21,6 +21,7 @@ class STPMModel(nn.Module):
         layers: Names or indices of the matched layers, from shallow to deep.
         score_share: Share of the anomaly map, its highest values, whose mean is the image score; 0 for its maximum.
         level_power: Power of the mean over the levels, at most 0; 0 for the paper's product.
+        finest_weight: Weight of the shallowest level in that mean, above 0; the others have 1.
 
     Raises:
         STPMError: A number is out of range, or the backbone or a layer does not exist.
@@ -36,6 +37,7 @@ class STPMModel(nn.Module):
         layers: Sequence[str | int] = ("layer1", "layer2", "layer3"),
         score_share: float = 0.0,
         level_power: float = 0.0,
+        finest_weight: float = 1.0,
     ) -> None:
         super().__init__()
         if not 0 <= score_share <= 1:
@@ -44,9 +46,14 @@ class STPMModel(nn.Module):
         if not -4 <= level_power <= 0:
             msg = f"level_power={level_power} must be 0 (the levels' product) or below, down to -4 (nearly the lowest)."
             raise STPMError(msg)
+        if not finest_weight > 0:
+            msg = (
+                f"finest_weight={finest_weight} must be above 0; 1 weighs all levels alike. To do without, see layers."
+            )
+            raise STPMError(msg)
         self.teacher = FrozenPyramid(backbone, layers)
         self.student = FeaturePyramid(backbone, layers)
-        self.score_share, self.level_power = score_share, level_power
+        self.score_share, self.level_power, self.finest_weight = score_share, level_power, finest_weight
         self.register_buffer("level_scales", torch.ones(len(layers)))  # normal distances, once the student is trained
         self.to(memory_format=torch.channels_last)  # twice as fast on CPUs, and no slower elsewhere
 
@@ -56,7 +63,8 @@ class STPMModel(nn.Module):
 
     def score(self, teacher: Sequence[Tensor], student: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
         """Turn two pyramids into the anomaly map (B, 1, H, W) and the image scores (B,), both in [0, 2]."""
-        anomalies = anomaly_map(teacher, student, size, self.level_power, self.level_scales)
+        head = self.level_power, self.level_scales, self.finest_weight
+        anomalies = anomaly_map(teacher, student, size, *head)
         scores = image_score(anomalies, self.score_share, self.teacher.strides[0])
         return InferenceBatch(pred_score=scores, anomaly_map=anomalies)
 

@@ -80,13 +80,18 @@ def test_a_power_mean_of_levels_over_their_normal_distances():
     scales = torch.tensor([0.1, 0.125])  # four and sixteen times: ((1/2 + 1/4) / 2) ** -2 = 64/9, where the root is 8
     assert anomaly_map(teacher, student, (1, 1), -0.5, scales).item() == pytest.approx(64 / 9 * 0.0125**0.5, abs=1e-6)
     assert anomaly_map(teacher, student, (1, 1), -1e-4, scales).item() == pytest.approx(0.8**0.5, abs=1e-3)
+    # the first of two weighs half: 1.5 / (0.5 / 4 + 1 / 16) = 8, times the weighted geometric mean of the scales
+    weighted = anomaly_map(teacher, student, (1, 1), -1.0, scales, finest_weight=0.5)
+    assert weighted.item() == pytest.approx(8 * 0.1 ** (1 / 3) * 0.125 ** (2 / 3), abs=1e-6)
+    plain = anomaly_map(teacher, student, (1, 1), finest_weight=0.5)
+    assert plain.item() == pytest.approx(0.4 ** (1 / 3) * 2 ** (2 / 3), abs=1e-6)
     assert level_means(teacher, student).tolist() == pytest.approx([0.4, 2.0], abs=1e-6)
 
 
 def test_equal_features_have_a_small_and_finite_map():
     teacher = [normalize(torch.ones(1, 4, 2, 2))] * 2
     found = anomaly_map(teacher, teacher, (4, 4), -0.5, torch.tensor([0.1, 0.1]))
-    assert 0 <= found.min() <= found.max() <= 1e-6
+    assert 0 <= found.min() <= found.max() <= 0.001 + 1e-6  # a hundredth of the normal distance
 
 
 def test_a_two_by_two_map_upsampled():
@@ -96,6 +101,15 @@ def test_a_two_by_two_map_upsampled():
     got = anomaly_map([teacher], [student], (4, 4))[0, 0]
     edge = torch.tensor([1.0, 0.75, 0.25, 0.0])  # weights of bilinear upsampling by 2, align_corners=False
     torch.testing.assert_close(got, 2 * edge[:, None] * edge[None, :])
+
+
+def test_powers_are_upsampled_squared():
+    """Halfway between distances of the normal one and of twice that: the root of the mean of 1 and 1/4, inverted."""
+    teacher = normalize(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).repeat(1, 1, 1, 2))
+    student = torch.tensor([[[[0.8, 0.6]], [[0.6, 0.8]]]])  # distances 0.2 and 0.4
+    got = anomaly_map([teacher], [student], (1, 4), -1.0, torch.tensor([0.2]))[0, 0, 0]
+    near, far = 0.75 + 0.25 / 4, 0.25 + 0.75 / 4  # of bilinear upsampling by 2, align_corners=False
+    torch.testing.assert_close(got, 0.2 / torch.tensor([1.0, near, far, 0.25]).sqrt())
 
 
 def test_geometric_mean_keeps_the_products_order():
