@@ -11,6 +11,7 @@ kept in `results/ablation.json`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -203,6 +204,13 @@ def power_mean(test: Levels, good: Levels, power: float) -> Tensor:
     return torch.stack([part.clamp(min=1e-9).pow(power) for part in parts]).mean(0).pow(1 / power)
 
 
+def harmonic(test: Levels, good: Levels, weights: tuple[float, ...], root: int) -> Tensor:
+    """Weighted harmonic mean of the levels over their held-out means, upsampled as powers of ``-root``."""
+    relative = ((t / g.mean()).clamp(min=0.01) for t, g in zip(test, good, strict=True))
+    parts = [F.interpolate(level.pow(-root), SIZE, mode="bilinear").pow(1 / root) for level in relative]
+    return sum(weights) / sum(w * part for w, part in zip(weights, parts, strict=True))
+
+
 def heads() -> dict[str, Callable[[Levels, Levels], tuple[Tensor, Tensor]]]:
     """Ways from test and held-out levels to anomaly maps (N, 1, 256, 256) and image scores (N,)."""
 
@@ -233,6 +241,9 @@ def heads() -> dict[str, Callable[[Levels, Levels], tuple[Tensor, Tensor]]]:
         tried[f"power mean over held-out means, {power:g}"] = lambda test, good, power=power: scored(
             power_mean(test, good, power), 0.003
         )
+    for weights, root in itertools.product([(1, 1, 1), (1, 2, 2), (1, 3, 2)], [1, 2]):
+        name = f"harmonic mean, weights {weights}, upsampled as powers of -{root}"
+        tried[name] = lambda test, good, how=(weights, root): scored(harmonic(test, good, *how), 0.003)
     return tried
 
 
@@ -264,7 +275,7 @@ def table() -> None:
     ]
     lines += [f"| head | {' | '.join(students)} |", "|---" * (len(shown) + 1) + "|"]
     for name in heads():
-        cells = [" / ".join(f"{value:.4f}" for value in row["heads"][name]) for row in shown]
+        cells = [" / ".join(f"{value:.4f}" for value in row["heads"].get(name, [])) for row in shown]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     RESULT.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 from benchmarks.environment import environment
 from benchmarks.training_speed import train
-from stpm_plugin import STPMModel
+from stpm_plugin import STPM
 from stpm_plugin.features import FeaturePyramid
 from stpm_plugin.matching import distance
 from stpm_plugin.teacher_weights import BUILTIN, BUILTIN_FILE
@@ -52,7 +52,7 @@ LAYERS = ("layer1", "layer2", "layer3")
 SUBSETS = [list(subset) for count in (1, 2, 3) for subset in itertools.combinations(LAYERS, count)]
 TEACHERS = ("imagenet", "cifar10", "cifar100", "cifar10_shuffled", "mnist", "svhn", "random")
 SHARES = {5: 5, 10: 5, 20: 1, 50: 1, 100: 1}  # per cent of the normal training images: seeds
-PASSES, LEVEL_POWER = 12, -0.25  # the defaults' when the questions were asked; equal steps are PASSES / share
+PASSES = 8  # the defaults'; equal steps are PASSES / share
 GROUPS = ("training", "held out", "test, normal", "test, anomalous")
 THIRDS = ("small", "middle", "large")
 EDGES = torch.logspace(-4, 0.31, 121)  # of distances, up to 2
@@ -282,7 +282,6 @@ def settings(job: dict[str, Any], args: argparse.Namespace, folder: Path) -> dic
     run["epochs"] = job["passes"]
     if job["model"].startswith("STPM"):
         run["arguments"] = {"layers": list(job["layers"])}
-        run["arguments"] |= {"level_power": LEVEL_POWER} if job["model"] == "STPM" else {}
     bounds = [0.0, *areas, 2.0]
     run["metrics"] = [
         {
@@ -333,7 +332,7 @@ def thirds(source: Path) -> list[float]:
 @torch.inference_mode()
 def throughput(sizes: list[int]) -> dict[str, Any]:
     """Time one forward pass, image to score, at several sizes in turns; milliseconds; with any weights, it is equal."""
-    model = STPMModel("resnet18", LAYERS, score_share=0.003, level_power=LEVEL_POWER).eval()
+    model = STPM(backbone="resnet18").eval().model
     images = {size: torch.randn(1, 3, size, size).to(memory_format=torch.channels_last) for size in sizes}
     times: dict[int, list[float]] = {size: [] for size in sizes}
     for turn in range(11):
