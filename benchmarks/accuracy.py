@@ -136,6 +136,7 @@ def table(kept: dict[str, dict[str, Any]], file: Path) -> None:
         csv.writer(opened, lineterminator="\n").writerows([columns, *lines])
     text = "\n".join(" | ".join(["", *line, ""]).strip() for line in [columns, ["---"] * len(columns), *lines])
     text += "\n\nPatchCore with a coreset of 1 %. No times where other runs were beside."
+    text += "".join(dict.fromkeys(f" {row['name']}: {row['note']}." for row in kept.values() if "note" in row))
     file.with_suffix(".md").write_text(text + "\n")
     print(text)
     if groups:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,4 +21,12 @@ def environment(command: str) -> dict[str, Any]:
         "machine": " ".join(
             [platform.machine(), f"{torch.get_num_threads()} threads", torch.backends.cpu.get_cpu_capability()]
         ),
+        "processor": processor(),
     }
+
+
+def processor() -> str:
+    """Name the processor, as far as the system tells; times on two kinds do not compare."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor()

@@ -147,14 +147,15 @@ def test_features_stay_on_a_gpu_with_room(monkeypatch):
     assert _place("disk", "folder", 1, gpu, 1) == Path("folder")
 
 
-@pytest.mark.parametrize(("kept", "weights", "metrics"), [("float32", 1e-3, 0.01), ("float16", 0.1, 0.02)])
+@pytest.mark.parametrize(("kept", "weights", "metrics"), [("float32", 1e-3, 0.01), ("float16", 0.05, 0.02)])
 def test_cached_equals_uncached(demo_root, tmp_path, monkeypatch, kept, weights, metrics):
     """Equal but for rounding; kept in half precision, the weights drift a little and the pixel metric does not move."""
     monkeypatch.setattr("stpm_plugin.feature_cache.KEPT_DTYPE", getattr(torch, kept))
     results = []
     for cache in ("memory", "off"):
         datamodule = DemoData(root=demo_root, **TINY)
-        engine, model = fit(datamodule, tmp_path / cache, 3, cache=cache, precision="trainer")
+        smooth = {"precision": "trainer", "hard_share": 1.0}  # which positions are hardest may hang on a rounding
+        engine, model = fit(datamodule, tmp_path / cache, 3, cache=cache, **smooth)
         results.append((student(model), engine.test(model, datamodule=datamodule)[0]["pixel_AUROC"]))
     (cached, cached_metric), (fresh, fresh_metric) = results
     assert (cached - fresh).norm() / fresh.norm() < weights
