@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
@@ -589,6 +590,40 @@ def _(folder: Path) -> Row:
 def _(folder: Path) -> Row:
     shutil.copytree(whole().images, folder / "Prüfung 検査 é")
     return run(*predict(whole().checkpoint, folder / "Prüfung 検査 é"), cwd=folder).row("nothing", True)
+
+
+# Installations that are broken
+
+
+BROKEN = {  # what is wrong: the file in the way, what it holds, and nothing for a file that is gone
+    "wrapt is missing": ("wrapt.py", "raise ModuleNotFoundError(\"No module named 'wrapt'\")"),
+    "a module of the plugin is gone": ("stpm_plugin/features.py", None),
+    "a module of the plugin is cut off": ("stpm_plugin/lightning_model.py", "class STPM("),
+    "anomalib is another version": ("anomalib/models/__init__.py", "def get_model(): ..."),
+    "anomalib is missing": ("anomalib.py", "raise ModuleNotFoundError(\"No module named 'anomalib'\")"),
+}
+
+
+def broken_installation(folder: Path, file: str, content: str | None) -> Row:
+    """Import torch and anomalib's models beside a broken installation."""
+    shutil.copytree(ROOT / "stpm_plugin", folder / "stpm_plugin", ignore=shutil.ignore_patterns("__pycache__"))
+    place = folder / file
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    if content is not None:
+        for package in list(Path(file).parents)[:-1]:
+            (folder / package / "__init__.py").touch()
+        place.write_text(content)
+    host = "anomalib.models" if "anomalib.py" not in file else "torch"  # there is none left
+    done = run("-c", f"import torch; print('torch works'); import {host}; print('the host works')", cwd=folder)
+    said = [line for line in done.output.splitlines() if "could not register" in line] or ["nothing"]
+    if done.code or "the host works" not in done.output:
+        return Row(said[-1], done.output[-300:], DEFECT)
+    return Row(said[-1], f"STPM alone: torch and {host} work", RIGHT)
+
+
+for name, (file, content) in BROKEN.items():
+    fault(f"broken installation: {name}")(functools.partial(broken_installation, file=file, content=content))
 
 
 # Long runs
