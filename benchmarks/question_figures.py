@@ -193,7 +193,7 @@ def scales(rows: list[Row]) -> plt.Figure:
         bars(
             line[3], names, {third: value(f"{third}_SizedAUPRO") for third in THIRDS}, f"{category}: PRO by defect size"
         )
-        line[3].legend(fontsize=7, loc="lower right")
+        line[3].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         for axis in line:
             axis.set_xlabel("levels used")
     return figure
