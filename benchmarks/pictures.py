@@ -10,6 +10,7 @@ with the highest scores. Each map's colours go from the median of that model's g
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -44,12 +45,16 @@ def main() -> None:
         for name, kind in CLASSES.items():
             for path in args.checkpoints.glob(f"{name}-{category.name}-seed-{args.seed}.ckpt"):
                 found[name.replace("-", " ")] = predict(kind, path, category)
+        if not found:
+            sys.exit(f"{args.checkpoints} holds no MODEL-{category.name}-seed-{args.seed}.ckpt: keep some, see above.")
         draw(found).savefig(args.results / f"pictures_{category.name}.png", dpi=90)
 
 
 def predict(kind: type[AnomalibModule], checkpoint: Path, category: Path) -> list[dict]:
     """Score a category's test images, in the data set's order."""
-    arguments = {} if kind is STPM else {"pre_trained": False} if kind in (Padim, Patchcore) else {}
+    arguments: dict = {"pre_trained": False} if kind in (Padim, Patchcore) else {}
+    if kind is not STPM:
+        arguments["strict"] = False  # the benchmark's metrics, which are in the checkpoint, are not this model's
     model = kind.load_from_checkpoint(checkpoint, map_location="cpu", **arguments)
     data = MVTecAD(root=category.resolve().parent, category=category.name, num_workers=0)
     engine = Engine(logger=False, enable_progress_bar=False, default_root_dir=checkpoint.parent / "predictions")
@@ -58,7 +63,7 @@ def predict(kind: type[AnomalibModule], checkpoint: Path, category: Path) -> lis
     for batch in engine.predict(model, dataloaders=data.test_dataloader()):
         columns = {
             "path": batch.image_path,
-            "score": batch.pred_score.tolist(),
+            "score": batch.pred_score.flatten().tolist(),
             "map": batch.anomaly_map.squeeze(1).float() if batch.anomaly_map.ndim == 4 else batch.anomaly_map.float(),
             "mask": batch.gt_mask,
             "bad": batch.gt_label.tolist(),

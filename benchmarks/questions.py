@@ -12,6 +12,7 @@ Data are folders in MVTec AD's layout, or `demo`, the package's drawings. Each r
 fresh process; rows are written as they come to `results/questions.json`, and what has a row is not run again, so that
 `all` goes on where it was stopped. Equal runs of different questions are one row. `teachers` looks for more teachers,
 made by `pretrain_teacher.py`, in `--teachers DIR`, named after what they were trained on (`mnist.safetensors`).
+The rows that are kept are of the defaults of their date: power -1/4 and the finest level at full weight.
 """
 
 from __future__ import annotations

@@ -619,7 +619,7 @@ def broken_installation(folder: Path, file: str, content: str | None) -> Row:
     said = [line for line in done.output.splitlines() if "could not register" in line] or ["nothing"]
     if done.code or "the host works" not in done.output:
         return Row(said[-1], done.output[-300:], DEFECT)
-    return Row(said[-1], f"STPM alone: torch and {host} work", RIGHT)
+    return Row(said[-1], f"STPM alone; {host} works", RIGHT)
 
 
 for name, (file, content) in BROKEN.items():
@@ -824,9 +824,11 @@ def clean(text: str, *folders: str) -> str:
 def write(kept: dict) -> None:
     """Write both files."""
     RESULT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    head = kept["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in head["versions"].items())
-    lines = [f"`{head['command']}`, {head['date']}, {versions}, {head['machine']}.", ""]
+    heads = [
+        f"`{head['command']}`, {head['date']}, {', '.join(map(' '.join, head['versions'].items()))}, {head['machine']}"
+        for head in kept["environments"]
+    ]
+    lines = ["; later in parts: ".join(heads) + ".", ""]
     lines += ["| fault | the user sees last | lost, left | verdict |", "|---|---|---|---|"]
     for name, row in ((name, kept["faults"][name]) for name in FAULTS if name in kept["faults"]):
         lines.append("| " + " | ".join(_cell(text) for text in (name, *row.values())) + " |")
@@ -858,10 +860,8 @@ def main() -> None:
     chosen = parser.parse_args().names
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children
     kept = json.loads(RESULT.read_text()) if RESULT.exists() else {"faults": {}, "images": {}}
-    kept = {
-        "environment": environment("python -m benchmarks.reliability"),
-        **{k: kept[k] for k in ("faults", "images")},
-    }
+    here = environment("python -m benchmarks.reliability")
+    kept["environments"] = [*(one for one in kept.get("environments", []) if chosen and one != here), here]
     with tempfile.TemporaryDirectory(prefix="reliability ") as name:
         root = Path(name)
         make_whole(root / "whole")
