@@ -28,7 +28,7 @@ from torchvision.transforms.v2.functional import gaussian_blur, normalize, resiz
 
 from benchmarks.environment import environment
 from stpm_plugin.features import FeaturePyramid
-from stpm_plugin.matching import distance, image_score, matching_loss
+from stpm_plugin.matching import LEAST, distance, image_score, matching_loss
 from stpm_plugin.pre_processing import IMAGENET_MEAN, IMAGENET_STD
 from stpm_plugin.teacher_weights import load_teacher
 from stpm_plugin.torch_model import STPMModel
@@ -198,17 +198,13 @@ def rooted(distances: Levels, root: int) -> Tensor:
     return parts[0] * parts[1] * parts[2]
 
 
-def power_mean(test: Levels, good: Levels, power: float) -> Tensor:
-    """Power mean of the levels over their held-out means; towards 0 the geometric mean."""
-    parts = [F.interpolate(t / g.mean(), SIZE, mode="bilinear") for t, g in zip(test, good, strict=True)]
-    return torch.stack([part.clamp(min=1e-9).pow(power) for part in parts]).mean(0).pow(1 / power)
-
-
-def harmonic(test: Levels, good: Levels, weights: tuple[float, ...], root: int) -> Tensor:
-    """Weighted harmonic mean of the levels over their held-out means, upsampled as powers of ``-root``."""
-    relative = ((t / g.mean()).clamp(min=0.01) for t, g in zip(test, good, strict=True))
-    parts = [F.interpolate(level.pow(-root), SIZE, mode="bilinear").pow(1 / root) for level in relative]
-    return sum(weights) / sum(w * part for w, part in zip(weights, parts, strict=True))
+def power_mean(
+    test: Levels, good: Levels, power: float, weights: tuple[float, ...] = (1, 1, 1), upsampled: float = 1
+) -> Tensor:
+    """Power mean of the levels over their held-out means, upsampled as another power; towards 0 the geometric mean."""
+    relative = ((t / g.mean()).clamp(min=LEAST) for t, g in zip(test, good, strict=True))
+    parts = [F.interpolate(level.pow(upsampled), SIZE, mode="bilinear").pow(power / upsampled) for level in relative]
+    return (sum(w * part for w, part in zip(weights, parts, strict=True)) / sum(weights)).pow(1 / power)
 
 
 def heads() -> dict[str, Callable[[Levels, Levels], tuple[Tensor, Tensor]]]:
@@ -243,7 +239,8 @@ def heads() -> dict[str, Callable[[Levels, Levels], tuple[Tensor, Tensor]]]:
         )
     for weights, root in itertools.product([(1, 1, 1), (1, 2, 2), (1, 3, 2)], [1, 2]):
         name = f"harmonic mean, weights {weights}, upsampled as powers of -{root}"
-        tried[name] = lambda test, good, how=(weights, root): scored(harmonic(test, good, *how), 0.003)
+        how = {"power": -1, "weights": weights, "upsampled": -root}
+        tried[name] = lambda test, good, how=how: scored(power_mean(test, good, **how), 0.003)
     return tried
 
 

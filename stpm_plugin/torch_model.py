@@ -46,9 +46,9 @@ class STPMModel(nn.Module):
         if not -4 <= level_power <= 0:
             msg = f"level_power={level_power} must be 0 (the levels' product) or below, down to -4 (nearly the lowest)."
             raise STPMError(msg)
-        if not finest_weight > 0:
+        if not 0 < finest_weight < float("inf"):
             msg = (
-                f"finest_weight={finest_weight} must be above 0; 1 weighs all levels alike. To do without, see layers."
+                f"finest_weight={finest_weight} must be above 0 (1: all levels alike); `layers` can leave a level out."
             )
             raise STPMError(msg)
         self.teacher = FrozenPyramid(backbone, layers)
@@ -63,8 +63,9 @@ class STPMModel(nn.Module):
 
     def score(self, teacher: Sequence[Tensor], student: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
         """Turn two pyramids into the anomaly map (B, 1, H, W) and the image scores (B,), both in [0, 2]."""
-        head = self.level_power, self.level_scales, self.finest_weight
-        anomalies = anomaly_map(teacher, student, size, *head)
+        anomalies = anomaly_map(
+            teacher, student, size, self.level_power, self.level_scales, finest_weight=self.finest_weight
+        )
         scores = image_score(anomalies, self.score_share, self.teacher.strides[0])
         return InferenceBatch(pred_score=scores, anomaly_map=anomalies)
 
