@@ -27,12 +27,12 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur, normalize, resize
 
 from benchmarks.environment import environment
-from stpm_plugin.features import FeaturePyramid
-from stpm_plugin.matching import LEAST, distance, image_score, matching_loss
-from stpm_plugin.pre_processing import IMAGENET_MEAN, IMAGENET_STD
-from stpm_plugin.teacher_weights import load_teacher
-from stpm_plugin.torch_model import STPMModel
-from stpm_plugin.training_data import split
+from stpm_plugin.model.features import FeaturePyramid
+from stpm_plugin.model.matching import MIN_RELATIVE_DISTANCE, distance, image_score, matching_loss
+from stpm_plugin.model.network import STPMModel
+from stpm_plugin.model.pre_processing import IMAGENET_MEAN, IMAGENET_STD
+from stpm_plugin.model.teacher_weights import load_teacher
+from stpm_plugin.training.data import split
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
 USUAL = {  # of a student; the plugin's defaults may have come from here since
@@ -202,7 +202,7 @@ def power_mean(
     test: Levels, good: Levels, power: float, weights: tuple[float, ...] = (1, 1, 1), upsampled: float = 1
 ) -> Tensor:
     """Power mean of the levels over their held-out means, upsampled as another power; towards 0 the geometric mean."""
-    relative = ((t / g.mean()).clamp(min=LEAST) for t, g in zip(test, good, strict=True))
+    relative = ((t / g.mean()).clamp(min=MIN_RELATIVE_DISTANCE) for t, g in zip(test, good, strict=True))
     parts = [F.interpolate(level.pow(upsampled), SIZE, mode="bilinear").pow(power / upsampled) for level in relative]
     return (sum(w * part for w, part in zip(weights, parts, strict=True)) / sum(weights)).pow(1 / power)
 

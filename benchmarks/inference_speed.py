@@ -368,7 +368,7 @@ def files(args: argparse.Namespace) -> None:
 
 def scored(model: Path, images: Iterable[Path], table: Path, options: list[str]) -> None:
     """Run `score` in this process on a new table."""
-    from stpm_plugin.score import main as score
+    from stpm_plugin.commands.score import main as score
 
     table.unlink(missing_ok=True)
     score([str(model), *map(str, images), "--csv", str(table), *options])

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from stpm_plugin import STPM, DemoData
-from stpm_plugin.demo_data import DEFECTS
+from stpm_plugin.demo.demo_data import DEFECTS
 
 
 def main(checkpoint: str, target: str) -> None:

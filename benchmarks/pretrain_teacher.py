@@ -1,4 +1,4 @@
-"""Train a small teacher: the classification run behind ``stpm_plugin/builtin_teacher.safetensors``.
+"""Train a small teacher: the classification run behind ``stpm_plugin/model/builtin_teacher.safetensors``.
 
     python -m benchmarks.pretrain_teacher --data folder --root cifar10 --out teacher.safetensors
     python -m benchmarks.pretrain_teacher --data mnist --root data --out teachers/mnist.safetensors   # for questions.py
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from stpm_plugin.features import FeaturePyramid
+from stpm_plugin.model.features import FeaturePyramid
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # STPM's images come normalised so
 

@@ -42,10 +42,10 @@ from torch.nn import functional as F
 from benchmarks.environment import environment
 from benchmarks.training_speed import train
 from stpm_plugin import STPM
-from stpm_plugin.features import FeaturePyramid
-from stpm_plugin.matching import distance
-from stpm_plugin.teacher_weights import BUILTIN, BUILTIN_FILE
-from stpm_plugin.training_data import split
+from stpm_plugin.model.features import FeaturePyramid
+from stpm_plugin.model.matching import distance
+from stpm_plugin.model.teacher_weights import BUILTIN, BUILTIN_FILE
+from stpm_plugin.training.data import split
 
 RESULTS = Path(__file__).parent / "results"
 QUESTIONS = ("match", "scales", "teachers", "fewshot", "throughput")

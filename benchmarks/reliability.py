@@ -36,7 +36,7 @@ from anomalib.data.utils import read_image
 from PIL import Image
 
 from benchmarks.environment import environment
-from stpm_plugin.score import read_images
+from stpm_plugin.deployment.images import read_images
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "reliability.json"
@@ -597,8 +597,8 @@ def _(folder: Path) -> Row:
 
 BROKEN = {  # what is wrong: the file in the way, what it holds, and nothing for a file that is gone
     "wrapt is missing": ("wrapt.py", "raise ModuleNotFoundError(\"No module named 'wrapt'\")"),
-    "a module of the plugin is gone": ("stpm_plugin/features.py", None),
-    "a module of the plugin is cut off": ("stpm_plugin/lightning_model.py", "class STPM("),
+    "a module of the plugin is gone": ("stpm_plugin/model/features.py", None),
+    "a module of the plugin is cut off": ("stpm_plugin/training/lightning_model.py", "class STPM("),
     "anomalib is another version": ("anomalib/models/__init__.py", "def get_model(): ..."),
     "anomalib is missing": ("anomalib.py", "raise ModuleNotFoundError(\"No module named 'anomalib'\")"),
 }
@@ -735,12 +735,13 @@ for name, path in kinds.items():
         engine = Engine(max_epochs=1, accelerator="cpu", enable_progress_bar=False, logger=False)
         engine.fit(STPM(**arguments), datamodule=data)
         samples = data.train_data.samples
-        place = [*samples.image_path.str.contains("odd")].index(True) if samples.image_path.str.contains("odd").any() else -1
-        said[name] = float(trained(data.train_data[place].image[None]).pred_score) if place >= 0 else "not listed, no word"
+        odd = [*samples.image_path.str.contains("odd")]
+        image = data.train_data[odd.index(True)].image[None] if any(odd) else None
+        said[name] = "not listed, no word" if image is None else float(trained(image).pred_score)
     except Exception as error:
         said[name] = f"{type(error).__name__}: {error}"
 Path("said.json").write_text(json.dumps(said))
-"""  # noqa: E501
+"""
 PREDICT_ROUTE = """
 import json, sys
 from pathlib import Path

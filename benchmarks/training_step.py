@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stpm_plugin.lightning_model import native_bf16
-from stpm_plugin.matching import matching_loss
-from stpm_plugin.torch_model import STPMModel
+from stpm_plugin.model.matching import matching_loss
+from stpm_plugin.model.network import STPMModel
+from stpm_plugin.training.lightning_model import native_bf16
 
 REPEATS = 20
 

@@ -9,20 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .demo_data import DemoData
-    from .lightning_model import STPM
-    from .openvino_export import OpenVINOExport
-    from .pre_processing import STPMPreProcessor
-    from .thresholds import STPMPostProcessor
-    from .torch_model import STPMModel
+    from .demo.demo_data import DemoData
+    from .deployment.openvino_export import OpenVINOExport
+    from .model.network import STPMModel
+    from .model.pre_processing import STPMPreProcessor
+    from .training.lightning_model import STPM
+    from .training.thresholds import STPMPostProcessor
 
 _HOMES = {
-    "DemoData": "demo_data",
-    "OpenVINOExport": "openvino_export",
-    "STPM": "lightning_model",
-    "STPMModel": "torch_model",
-    "STPMPostProcessor": "thresholds",
-    "STPMPreProcessor": "pre_processing",
+    "DemoData": "demo.demo_data",
+    "OpenVINOExport": "deployment.openvino_export",
+    "STPM": "training.lightning_model",
+    "STPMModel": "model.network",
+    "STPMPostProcessor": "training.thresholds",
+    "STPMPreProcessor": "model.pre_processing",
 }
 __all__ = ["STPM", "DemoData", "OpenVINOExport", "STPMModel", "STPMPostProcessor", "STPMPreProcessor"]
 __version__ = "0.1.0"

@@ -2,7 +2,8 @@
 
 from anomalib.cli.cli import main
 
-from . import demo_data, lightning_model  # noqa: F401 - importing them registers them
+from .demo import demo_data  # noqa: F401 - importing it registers it
+from .training import lightning_model  # noqa: F401 - likewise
 
 if __name__ == "__main__":
     main()

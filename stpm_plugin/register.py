@@ -18,7 +18,7 @@ from importlib import import_module
 from types import ModuleType
 
 WATCHED = ("anomalib.models", "anomalib.models.video")
-PROVIDED = ("stpm_plugin.lightning_model", "stpm_plugin.demo_data")
+PROVIDED = ("stpm_plugin.training.lightning_model", "stpm_plugin.demo.demo_data")
 
 
 def autoload() -> None:

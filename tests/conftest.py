@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Read when torch is imported. Tests run side by side, each with processes of its own: two threads that share a core with
-# others wait for each other in oneDNN's bfloat16 kernels, and a step takes fifty times as long.
+# Read when torch is imported. Tests run side by side, each with processes of its own: two threads that share a core
+# with others wait for each other in oneDNN's bfloat16 kernels, and a step takes fifty times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess

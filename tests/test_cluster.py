@@ -10,7 +10,7 @@ import psutil
 import pytest
 from conftest import run
 
-from stpm_plugin import score
+from stpm_plugin.commands import score
 
 pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 

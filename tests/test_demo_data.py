@@ -3,7 +3,7 @@ import pytest
 from conftest import TINY
 
 from stpm_plugin import DemoData
-from stpm_plugin.demo_data import DEFECTS, scene
+from stpm_plugin.demo.demo_data import DEFECTS, scene
 
 
 def test_same_seed_same_image():

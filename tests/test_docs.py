@@ -42,7 +42,7 @@ def place(demo_root: Path, trained, exported: Path, tmp_path: Path) -> dict[str,
         "CKPT": str(trained[2]),
         "MODEL.xml": str(exported),
         "IMAGES": str(drawn / "test/good"),
-        "FILE": str(ROOT / "stpm_plugin/builtin_teacher.safetensors"),
+        "FILE": str(ROOT / "stpm_plugin/model/builtin_teacher.safetensors"),
     }
 
 

@@ -2,7 +2,8 @@ import cv2
 import torch
 from PIL import Image
 
-from stpm_plugin import STPM, explain
+from stpm_plugin import STPM
+from stpm_plugin.commands import explain
 
 
 def test_pictures_of_images_scores_and_training(trained, demo_root, tmp_path):

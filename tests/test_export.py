@@ -11,9 +11,9 @@ from conftest import fit
 from PIL import Image
 
 from stpm_plugin import STPM, STPMPostProcessor
+from stpm_plugin.deployment.int8 import outside_the_backbones, same_labels
+from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.errors import STPMError
-from stpm_plugin.openvino_export import outside_the_backbones, same_labels
-from stpm_plugin.score import Scorer
 
 SIZES = [(64, 64), (101, 77), (200, 131)]
 

@@ -7,9 +7,9 @@ from conftest import SHARED
 from safetensors.torch import load_file, save_file
 
 from stpm_plugin.errors import STPMError
-from stpm_plugin.features import FeaturePyramid, FrozenPyramid
-from stpm_plugin.teacher_weights import BUILTIN_FILE, load_teacher
-from stpm_plugin.torch_model import STPMModel
+from stpm_plugin.model.features import FeaturePyramid, FrozenPyramid
+from stpm_plugin.model.network import STPMModel
+from stpm_plugin.model.teacher_weights import BUILTIN_FILE, load_teacher
 
 FAMILIES = {
     "resnet18.tv_in1k": ["layer1", "layer2", "layer3"],

@@ -38,7 +38,7 @@ from anomalib.models import get_model, list_models
 import anomalib.models
 kwargs = {{"backbone": "resnet18"}}
 for name in ("STPM", "stpm", {{"class_path": "STPM"}}, {{"class_path": "anomalib.models.STPM"}}):
-    assert type(get_model(name, **kwargs)).__module__ == "stpm_plugin.lightning_model", name
+    assert type(get_model(name, **kwargs)).__module__ == "stpm_plugin.training.lightning_model", name
 assert "stpm" in {{name.replace("_", "") for name in list_models()}}
 from stpm_plugin import STPM, STPMModel
 assert anomalib.models.STPM is STPM
@@ -55,8 +55,8 @@ print("known")
         "anomalib.models",
         "torch",
         "stpm_plugin",
-        "stpm_plugin.torch_model",
-        "stpm_plugin.lightning_model",
+        "stpm_plugin.model.network",
+        "stpm_plugin.training.lightning_model",
         "anomalib.engine",
     ],
 )
@@ -74,7 +74,7 @@ def test_switched_off_by_the_environment():
 def test_a_broken_plugin_breaks_neither_torch_nor_anomalib(tmp_path):
     broken = tmp_path / "stpm_plugin"
     shutil.copytree(Path(__file__).parents[1] / "stpm_plugin", broken, ignore=KEPT_OUT)
-    (broken / "lightning_model.py").write_text("raise OSError('half removed')")
+    (broken / "training/lightning_model.py").write_text("raise OSError('half removed')")
     output = run("-c", "import anomalib.models; print('alive')", env={"PYTHONPATH": str(tmp_path)})
     assert "alive" in output
     assert "half removed" in output
@@ -88,10 +88,10 @@ HOST = "from stpm_plugin.register import autoload; autoload(); import anomalib.m
     ("file", "content", "said"),
     [
         ("wrapt.py", "raise ModuleNotFoundError('no wrapt')", "no wrapt"),
-        ("stpm_plugin/lightning_model.py", None, "No module named 'stpm_plugin.lightning_model'"),
-        ("stpm_plugin/lightning_model.py", "class STPM(", "SyntaxError"),
-        ("stpm_plugin/lightning_model.py", "from anomalib.models import AnomalibModule", "ImportError"),
-        ("stpm_plugin/demo_data.py", "1 / 0", "ZeroDivisionError"),
+        ("stpm_plugin/training/lightning_model.py", None, "No module named 'stpm_plugin.training.lightning_model'"),
+        ("stpm_plugin/training/lightning_model.py", "class STPM(", "SyntaxError"),
+        ("stpm_plugin/training/lightning_model.py", "from anomalib.models import AnomalibModule", "ImportError"),
+        ("stpm_plugin/demo/demo_data.py", "1 / 0", "ZeroDivisionError"),
         ("anomalib/models/__init__.py", "def get_model(): ...", "ModuleNotFoundError"),  # of another version
     ],
 )
@@ -103,7 +103,7 @@ def test_no_broken_installation_stops_its_host(file, content, said, warnings, tm
     (tmp_path / "anomalib/models/__init__.py").write_text("get_model = None")
     shutil.copytree(Path(__file__).parents[1] / "stpm_plugin", tmp_path / "stpm_plugin", ignore=KEPT_OUT)
     if not file.startswith("anomalib"):
-        (tmp_path / "stpm_plugin/lightning_model.py").write_text("")
+        (tmp_path / "stpm_plugin/training/lightning_model.py").write_text("")
     if content is None:
         (tmp_path / file).unlink()
     else:
@@ -192,7 +192,8 @@ def test_export_from_a_checkpoint(export_type, compression, commanded, demo_root
     compressed = ["--compression_type", compression, *data(demo_root)] if compression else []
     control = ["--max_drop", "1"] if compression == "INT8_ACQ" else []  # rounds all, else it would take minutes
     anomalib(
-        "export", "--model", "STPM", "--model.backbone", "resnet18", "--export_type", export_type, *compressed, *control,
+        "export", "--model", "STPM", "--model.backbone", "resnet18", "--export_type", export_type,
+        *compressed, *control,
         "--ckpt_path", str(commanded / "weights/lightning/model.ckpt"), "--export_root", "out", cwd=tmp_path,
     )  # fmt: skip
     name = {"torch": "model.pt", "onnx": "model.onnx", "openvino": "model.xml"}[export_type]
@@ -267,8 +268,9 @@ def test_folder_config(defects, demo_root, tmp_path):
         shutil.copytree(source / "test/stain", tmp_path / "parts/stain")
         extra = ["--data.init_args.abnormal_dir", "stain"]
     output = anomalib(
-        "train", "-c", str(CONFIGS / "folder.yaml"), "--data.init_args.root", "parts", "--model.init_args.backbone", "resnet18",
-        "--model.init_args.teacher_weights", "builtin", "--model.init_args.image_size", "[64,64]", *extra, *ONE_EPOCH, cwd=tmp_path,
+        "train", "-c", str(CONFIGS / "folder.yaml"), "--data.init_args.root", "parts",
+        "--model.init_args.backbone", "resnet18", "--model.init_args.teacher_weights", "builtin",
+        "--model.init_args.image_size", "[64,64]", *extra, *ONE_EPOCH, cwd=tmp_path,
     )  # fmt: skip
     assert "image_AUROC" in output
 
@@ -287,7 +289,8 @@ def test_mvtec_configs(config, tmp_path):
         mask[10:30, 20:50] = 255
         Image.fromarray(mask).save(tmp_path / f"mvtec/bottle/ground_truth/hole/{index}_mask.png")
     output = anomalib(
-        "train", "-c", str(CONFIGS / config), "--data.init_args.root", "mvtec", "--model.init_args.backbone", "resnet18",
-        "--model.init_args.teacher_weights", "builtin", "--data.init_args.num_workers", "0", *ONE_EPOCH, cwd=tmp_path,
+        "train", "-c", str(CONFIGS / config), "--data.init_args.root", "mvtec",
+        "--model.init_args.backbone", "resnet18", "--model.init_args.teacher_weights", "builtin",
+        "--data.init_args.num_workers", "0", *ONE_EPOCH, cwd=tmp_path,
     )  # fmt: skip
     assert "pixel_AUPRO" in output

@@ -22,7 +22,8 @@ IMAGES = {**TINY, "train_images": 21}
 def command(root: Path, folder: Path, processes: int, epochs: int) -> list[str]:
     return [
         str(COMMAND), "train", "--model", "STPM", "--model.backbone", "resnet18", "--model.teacher_weights", "builtin",
-        "--model.image_size", "[64,64]", "--model.schedule", "constant", "--model.lr", "0.1", "--model.seed", "0", "--model.holdout", "0.2", "--model.hard_share", "1", "--model.batch_size", str(4 // processes),
+        "--model.image_size", "[64,64]", "--model.schedule", "constant", "--model.lr", "0.1", "--model.seed", "0",
+        "--model.holdout", "0.2", "--model.hard_share", "1", "--model.batch_size", str(4 // processes),
         "--model.post_processor", "stpm_plugin.STPMPostProcessor", "--model.post_processor.normal_quantile", "0.75",
         "--data", "stpm_plugin.DemoData", "--data.root", str(root), *(f"--data.{k}={v}" for k, v in IMAGES.items()),
         "--trainer.accelerator", "cpu", "--trainer.devices", str(processes), "--trainer.max_epochs", str(epochs),

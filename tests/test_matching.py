@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stpm_plugin.matching import anomaly_map, distance, image_score, level_means, matching_loss, normalize
+from stpm_plugin.model.matching import anomaly_map, distance, image_score, level_means, matching_loss, normalize
 
 
 def column(*values: float) -> torch.Tensor:

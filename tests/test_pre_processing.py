@@ -3,7 +3,7 @@ import torch
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 from torchvision.transforms.v2.functional import resize
 
-from stpm_plugin.pre_processing import AntialiasedResize, STPMPreProcessor, resize_weights
+from stpm_plugin.model.pre_processing import AntialiasedResize, STPMPreProcessor, resize_weights
 
 
 def test_weights_by_hand():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stpm_plugin import STPMModel
 from stpm_plugin.errors import STPMError
-from stpm_plugin.features import FeaturePyramid
+from stpm_plugin.model.features import FeaturePyramid
 
 settings.register_profile("same each time", deadline=None, derandomize=True, database=None)
 settings.load_profile("same each time")

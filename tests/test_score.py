@@ -13,7 +13,9 @@ from anomalib.engine import Engine
 from conftest import NUMBERED, run
 from PIL import Image
 
-from stpm_plugin import score
+from stpm_plugin.commands import score
+from stpm_plugin.deployment.images import find_images, read_images
+from stpm_plugin.deployment.worker import overlay
 from stpm_plugin.errors import STPMError
 
 
@@ -47,7 +49,7 @@ def test_pixels_are_those_of_training(tmp_path, kind):
     else:
         image.save(path, **options)
     expected = np.asarray(read_image(path)) * 255
-    (_, read), *_ = score.read_images([str(path)], pytest.fail)
+    (_, read), *_ = read_images([str(path)], pytest.fail)
     np.testing.assert_allclose(read[:, :, ::-1], expected, atol=1)  # CMYK is rounded in another way
 
 
@@ -105,7 +107,7 @@ def test_an_image_that_training_reads_otherwise_is_refused(tmp_path, name):
     else:
         still.save(tmp_path / name, save_all=True, append_images=frames, default_image=True)
     refused = []
-    assert not [*score.read_images([str(tmp_path / name)], refused.append)]
+    assert not [*read_images([str(tmp_path / name)], refused.append)]
     assert refused == [str(tmp_path / name)]
 
 
@@ -143,7 +145,7 @@ def test_heatmaps_lie_as_the_images_do(exported, numbered_images, tmp_path):
 
 def test_overlay_by_hand():
     image, anomalies = np.full((2, 2, 3), 100, np.uint8), np.array([[0.0, 2.0], [0.0, 1.0]], np.float32)
-    laid = score.overlay(image, anomalies)
+    laid = overlay(image, anomalies)
     black, bright = cv2.applyColorMap(np.array([[0, 255]], np.uint8), cv2.COLORMAP_INFERNO)[0]
     np.testing.assert_allclose(laid[0, 0], 40 + 0.6 * black, atol=1)
     np.testing.assert_allclose(laid[0, 1], 40 + 0.6 * bright, atol=1)
@@ -153,9 +155,9 @@ def test_overlay_by_hand():
 def test_frames_are_in_the_order_of_their_numbers(tmp_path):
     for name in ("f10.png", "f2.png", "f1.jpg", "notes.txt"):
         (tmp_path / name).touch()
-    assert [path.rsplit("/", 1)[1] for path in score.find_images([str(tmp_path)])] == ["f1.jpg", "f2.png", "f10.png"]
+    assert [path.rsplit("/", 1)[1] for path in find_images([str(tmp_path)])] == ["f1.jpg", "f2.png", "f10.png"]
     with pytest.raises(STPMError, match="leads to no image"):
-        score.find_images([str(tmp_path / "*.bmp")])
+        find_images([str(tmp_path / "*.bmp")])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from anomalib.data import AnomalibDataset, ImageBatch
+from anomalib.data import AnomalibDataset, ImageBatch, InferenceBatch
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, Evaluator
 from conftest import MODEL, TINY, anomalib, fit
@@ -17,36 +17,38 @@ from torchvision.transforms import v2
 
 from stpm_plugin import STPM, DemoData
 from stpm_plugin.errors import STPMError
-from stpm_plugin.feature_cache import _place
-from stpm_plugin.features import FrozenPyramid
-from stpm_plugin.lightning_model import CHECKPOINT_KEY
-from stpm_plugin.thresholds import STPMPostProcessor
-from stpm_plugin.training_data import augments, split
+from stpm_plugin.model.features import FrozenPyramid
+from stpm_plugin.training import selection
+from stpm_plugin.training.data import augments, hold_out, share_out
+from stpm_plugin.training.feature_cache import _place
+from stpm_plugin.training.selection import CHECKPOINT_KEY
+from stpm_plugin.training.thresholds import STPMPostProcessor
 
 
 def student(model: STPM) -> torch.Tensor:
     return torch.cat([tensor.flatten().float() for tensor in model.model.student.state_dict().values()])
 
 
-def test_split_is_seeded_and_complete():
-    first, again, other = (split(320, 0.2, seed) for seed in (1, 1, 2))
+def test_hold_out_is_seeded_and_complete():
+    first, again, other = (hold_out(320, 0.2, seed) for seed in (1, 1, 2))
     assert first == again != other
-    assert (len(first.train), len(first.holdout)) == (256, 64)
-    assert sorted(first.train + first.holdout) == list(range(320))
+    assert len(first) == 64
+    parts = share_out(320, first)
+    assert sorted(parts.train + parts.holdout) == list(range(320))
 
 
 def test_ranks_share_the_images_evenly():
-    parts = [split(21, 0.2, 0, rank, 2) for rank in range(2)]
-    assert parts[0].held == parts[1].held == len(parts[0].holdout) + len(parts[1].holdout)
+    held = hold_out(21, 0.2, 0, 2)
+    parts = [share_out(21, held, rank, 2) for rank in range(2)]
+    assert sorted(parts[0].holdout + parts[1].holdout) == held
     assert len(parts[0].train) == len(parts[1].train) == 8
     assert not {*parts[0].train} & {*parts[1].train}
-    assert not {*parts[0].holdout} & {*parts[1].holdout}
-    assert [len(split(21, 0.01, 0, rank, 2).holdout) for rank in range(2)] == [1, 1]
+    assert len(hold_out(21, 0.01, 0, 2)) == 2
 
 
 def test_too_few_images_is_said():
     with pytest.raises(STPMError, match="lower holdout"):
-        split(2, 0.5, 0)
+        share_out(2, [0])
 
 
 def test_augmentation_is_noticed():
@@ -76,7 +78,7 @@ class _NothingIn(Callback):
         self.folder = folder
 
     def on_train_epoch_start(self, trainer, pl_module):
-        assert pl_module._kept is not None
+        assert pl_module.selection.images._cache is not None
         assert self.folder.is_dir()
         assert not list(self.folder.iterdir())
 
@@ -116,8 +118,8 @@ def test_augmented_training_is_made_anew_and_says_so_once(demo_root, tmp_path, m
         _, model = fit(datamodule, tmp_path, 3)
     assert caplog.text.count("training images are augmented") == 1
     assert "keeping" not in caplog.text
-    assert len(work.read) == work.taught == 3 * 10
-    assert model._chosen.score < 1
+    assert len(work.read) == work.taught == 3 * 10 + 2  # and the held-out ones once more, for the thresholds
+    assert model.selection.chosen.score < 1
 
 
 def test_data_larger_than_the_memory_share_go_to_disk(trained, demo, tmp_path, monkeypatch, caplog):
@@ -150,7 +152,7 @@ def test_features_stay_on_a_gpu_with_room(monkeypatch):
 @pytest.mark.parametrize(("kept", "weights", "metrics"), [("float32", 1e-3, 0.01), ("float16", 0.05, 0.02)])
 def test_cached_equals_uncached(demo_root, tmp_path, monkeypatch, kept, weights, metrics):
     """Equal but for rounding; kept in half precision, the weights drift a little and the pixel metric does not move."""
-    monkeypatch.setattr("stpm_plugin.feature_cache.KEPT_DTYPE", getattr(torch, kept))
+    monkeypatch.setattr("stpm_plugin.training.feature_cache.KEPT_DTYPE", getattr(torch, kept))
     results = []
     for cache in ("memory", "off"):
         datamodule = DemoData(root=demo_root, **TINY)
@@ -167,8 +169,8 @@ def test_resumed_equals_uninterrupted(trained, demo, demo_root, tmp_path):
     checkpoint = engine.best_model_path
     _, resumed = fit(DemoData(root=demo_root, **TINY), tmp_path / "second", 3, checkpoint, seed=7)
     torch.testing.assert_close(student(resumed), student(trained[0]), rtol=1e-4, atol=1e-5)
-    assert resumed._chosen.epoch == trained[0]._chosen.epoch
-    assert resumed._chosen.score == pytest.approx(trained[0]._chosen.score, rel=1e-4)
+    assert resumed.selection.chosen.epoch == trained[0].selection.chosen.epoch
+    assert resumed.selection.chosen.score == pytest.approx(trained[0].selection.chosen.score, rel=1e-4)
 
 
 @pytest.mark.parametrize("before", ["constant", "one-cycle"])
@@ -201,7 +203,7 @@ def test_the_chosen_weights_are_everywhere(demo, tmp_path):
     checkpoint = torch.load(engine.best_model_path, weights_only=True)
     loaded = STPM.load_from_checkpoint(engine.best_model_path)
     assert torch.equal(student(loaded), student(model))
-    assert checkpoint[CHECKPOINT_KEY]["score"] == pytest.approx(model._chosen.score)
+    assert checkpoint[CHECKPOINT_KEY]["score"] == pytest.approx(model.selection.chosen.score)
     assert torch.equal(loaded.post_processor.image_max, model.post_processor.image_max)
     assert not torch.isnan(loaded.post_processor.image_threshold)
     before, after = engine.test(model, datamodule=demo)[0], engine.test(loaded, datamodule=demo)[0]
@@ -215,41 +217,58 @@ def test_a_checkpoint_loads_whatever_was_measured(demo, tmp_path):
     assert torch.equal(student(loaded), student(model))
 
 
-def test_the_lowest_holdout_score_is_chosen(demo, tmp_path, monkeypatch):
-    scores = iter([0.5, 0.2, 0.4])
+def scored(monkeypatch, values, seen=None):
+    """Let the held-out score of each epoch be one of these values, and the level scales its number."""
+    real, values = selection.score, iter(values)
+
+    def score(module, batches):
+        if seen is not None:
+            seen.append(student(module).clone())
+        _, scales, kept = real(module, batches)
+        return next(values), torch.full_like(scales, module.current_epoch + 1), kept
+
+    monkeypatch.setattr(selection, "score", score)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("values", "epoch"), [([0.5, 0.2, 0.4], 1), ([float("nan"), 0.5, 0.6], 1), ([0.2, float("nan"), 0.1], 2)]
+)
+def test_the_lowest_holdout_score_is_chosen(values, epoch, demo, tmp_path, monkeypatch):
     seen = []
-
-    def score(self, places, start):
-        seen.append(student(self).clone())
-        return next(scores), torch.full((3,), float(len(seen)))
-
-    monkeypatch.setattr(STPM, "_score", score)
+    left = scored(monkeypatch, values, seen)
     _, model = fit(demo, tmp_path, 3)
-    assert model._chosen.epoch == 1
-    assert torch.equal(student(model), seen[1])
-    assert model.model.level_scales.tolist() == [2.0] * 3
-    assert list(scores) == []
+    assert model.selection.chosen.epoch == epoch
+    assert torch.equal(student(model), seen[epoch])
+    assert model.model.level_scales.tolist() == [epoch + 1.0] * 3
+    assert list(left) == []
+
+
+def test_no_finite_score_is_said(demo, tmp_path, monkeypatch):
+    scored(monkeypatch, [float("nan")] * 2)
+    with pytest.raises(STPMError, match=r"no epoch had a finite held-out score \(nan\): lower lr"):
+        fit(demo, tmp_path, 2)
 
 
 def test_thresholds_without_defects(demo_root, tmp_path):
     datamodule = DemoData(root=demo_root, val_split_mode="none", **TINY)
     _, model = fit(datamodule, tmp_path, 1, holdout=0.4, post_processor=STPMPostProcessor(normal_quantile=0.5))
     processor = model.post_processor
-    normalized = processor._normalize(
-        torch.tensor([0.0, 1.0, 9.0]) * processor.image_threshold, *[processor.image_min] * 2, processor.image_threshold
-    )
-    torch.testing.assert_close(normalized, torch.tensor([0.0, 0.5, 0.9]))
+    scores = torch.tensor([0.0, 1.0, 9.0]) * processor.image_threshold
+    made = processor(InferenceBatch(pred_score=scores, anomaly_map=torch.zeros(3, 1, 2, 2)))
+    torch.testing.assert_close(made.pred_score, torch.tensor([0.0, 0.5, 0.9]))
+    assert made.pred_label.tolist() == [False, False, True]
     loaded = STPM.load_from_checkpoint(next(tmp_path.rglob("model.ckpt")))
     assert loaded.post_processor.normal_quantile == 0.5
     assert torch.equal(loaded.post_processor.image_threshold, processor.image_threshold)
 
 
 def test_quantile_by_hand():
-    processor = STPMPostProcessor(normal_quantile=0.75)
-    processor.calibrate(torch.tensor([4.0, 1.0, 3.0, 2.0, 5.0]))
-    assert processor.image_threshold == processor.pixel_threshold == 4.0
-    with pytest.raises(STPMError, match="holdout"):
-        processor.calibrate(torch.empty(0))
+    """0.75 of five images: rank ceil(0.75 x 6) = 5, so the highest; 0.6: rank ceil(3.6) = 4."""
+    for quantile, image, pixel in ((0.75, 5.0, 10.0), (0.6, 4.0, 9.0)):
+        processor = STPMPostProcessor(normal_quantile=quantile)
+        processor.set_from_normal_images(torch.tensor([4.0, 1, 3, 2, 5]), torch.tensor([6.0, 7, 8, 9, 10]))
+        assert (processor.image_threshold, processor.pixel_threshold) == (image, pixel)
     with pytest.raises(STPMError, match="between 0 and 1"):
         STPMPostProcessor(normal_quantile=1.0)
 
@@ -260,7 +279,7 @@ def test_own_epochs_bound_a_run_that_names_none(min_steps, epochs, demo, tmp_pat
     _, model = fit(demo, tmp_path, None, schedule="one-cycle", epochs=2, min_steps=min_steps)
     assert model.trainer.current_epoch == epochs
     assert model.trainer.global_step == 2 * epochs
-    assert model.trainer.lr_scheduler_configs[0].scheduler.total_steps == 2 * epochs
+    assert model.trainer.lr_scheduler_configs[0].scheduler.end == 2 * epochs
     assert model.trainer.progress_bar_metrics["minutes_left"] == 0
 
 
@@ -271,21 +290,26 @@ def test_users_validation_changes_no_weights(trained, demo, tmp_path):
 
 def test_holdout_of_zero_takes_the_last_epoch(demo, tmp_path):
     _, model = fit(demo, tmp_path, 2, holdout=0)
-    assert model._chosen.epoch == 1
+    assert model.selection.chosen.epoch == 1
     assert 0 < model.model.level_scales.min() <= model.model.level_scales.max() < 1  # of the training images
 
 
 def test_a_second_fit_chooses_anew(demo, tmp_path):
     engine, model = fit(demo, tmp_path, 1)
-    model._chosen = model._chosen._replace(score=0.0, epoch=77)
+    first = model.selection.chosen
     engine.trainer.fit_loop.max_epochs = 2
     engine.fit(model, datamodule=demo)
-    assert model._chosen.epoch == 1
+    assert model.selection.chosen is not first
+    assert model.selection.chosen.epoch == 1
 
 
-def test_datamodule_gets_its_loader_back(trained, demo, tmp_path):
-    fit(demo, tmp_path, 1)
-    assert "train_dataloader" not in vars(demo)
+def test_the_trainer_gets_its_datamodule_back(demo, tmp_path):
+    before = dict(vars(demo))
+    engine, _ = fit(demo, tmp_path, 1)
+    assert type(engine.trainer.datamodule) is DemoData
+    assert {name for name in vars(demo) if vars(demo)[name] is not before.get(name)} <= {
+        "trainer", "train_data", "val_data", "test_data", "_is_setup", "_category", "_hparams"
+    }  # fmt: skip
 
 
 class _Rates(Callback):
@@ -371,11 +395,11 @@ def test_bad_checkpoints_are_refused(trained, demo_root, tmp_path, caplog):
     half, bomb = tmp_path / "half.ckpt", tmp_path / "bomb.ckpt"
     half.write_bytes(trained[2].read_bytes()[:100_000])
     torch.save({**torch.load(trained[2], weights_only=True), "bomb": Bomb()}, bomb)
-    with pytest.raises(STPMError, match="is cut off or no checkpoint"):
+    with pytest.raises(STPMError, match="is truncated or no checkpoint"):
         STPM.load_from_checkpoint(half)
     with pytest.raises(STPMError, match="holds more than tensors and settings"):
         STPM.load_from_checkpoint(bomb)
-    for checkpoint, words in ((half, "is cut off or no checkpoint"), (bomb, "holds more than tensors and settings")):
+    for checkpoint, words in ((half, "is truncated or no checkpoint"), (bomb, "holds more than tensors and settings")):
         with pytest.raises((RuntimeError, pickle.UnpicklingError)):
             predict(checkpoint, next(demo_root.glob("*/test/good/*.png")))
         assert f"STPM: the checkpoint {checkpoint} {words}" in caplog.text
@@ -384,7 +408,7 @@ def test_bad_checkpoints_are_refused(trained, demo_root, tmp_path, caplog):
 
 @pytest.mark.parametrize(("labels", "threshold"), [([0, 0, 1, 1], 0.5), ([1, 1, 1, 1], 0.099), ([0, 0, 0, 0], 0.7)])
 def test_threshold_lies_between_images(labels, threshold):
-    """Best F1 from 0.6 up, so half-way between 0.4 and 0.6; where one kind is missing, under the lowest or the highest."""
+    """Best F1 from 0.6 up, so half-way between 0.4 and 0.6; if one kind is missing, below the lowest or the highest."""
     processor = STPMPostProcessor()
     scores = torch.tensor([0.1, 0.4, 0.6, 0.7])
     maps = scores.reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
@@ -426,7 +450,7 @@ def test_full_disk_goes_on_without_a_cache(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("os.posix_fallocate", full, raising=False)
     with pytest.warns(UserWarning, match="Point cache_dir at a larger disk"):
         _, model = fit(demo, tmp_path, 1, cache="disk")
-    assert model._chosen is not None
+    assert model.selection.chosen is not None
 
 
 def test_a_full_disk_is_said(demo, tmp_path, monkeypatch, caplog):
@@ -452,8 +476,8 @@ def test_trained_demo_beats_chance_through_the_command(tmp_path):
     """Eight epochs on small images: enough to tell defects from good parts far better than chance."""
     root = Path(__file__).parents[1]
     anomalib(
-        "train", "-c", str(root / "configs/demo.yaml"), "--model.init_args.image_size", "[128,128]", "--trainer.max_epochs", "8",
-        "--data.init_args.test_images", "4", "--trainer.enable_progress_bar", "false",
+        "train", "-c", str(root / "configs/demo.yaml"), "--model.init_args.image_size", "[128,128]",
+        "--trainer.max_epochs", "8", "--data.init_args.test_images", "4", "--trainer.enable_progress_bar", "false",
         "--trainer.logger", "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}",
         cwd=tmp_path,
     )  # fmt: skip

@@ -1,12 +1,13 @@
 import pytest
 from anomalib.engine import Engine
 
-from stpm_plugin import STPM, verify
+from stpm_plugin import STPM
+from stpm_plugin.commands import verify
 
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    """The trained model's checkpoint and its OpenVINO file, and that of an untrained student beside the same teacher."""
+    """The trained model's checkpoint, its OpenVINO file, and that of a student with negated weights, same teacher."""
     model, _, checkpoint = trained
     folder = tmp_path_factory.mktemp("verify")
     engine = Engine(default_root_dir=folder, accelerator="cpu", logger=False)

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .errors import STPMError
+from ..errors import STPMError
 
 
 class FeaturePyramid(nn.Module):

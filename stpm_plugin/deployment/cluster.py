@@ -1,7 +1,7 @@
-"""Score over a Ray cluster: one compiled model a node, images read where they are scored.
+"""Score over a Ray cluster: one compiled model per node, each reading its own images.
 
-Each node needs `pip install 'stpm-plugin[cluster]'` and the images under the same paths. A worker that is lost is
-started again, where there is room, and its images are scored again.
+Each node needs `pip install 'stpm-plugin[cluster]'` and the images under the same paths. A lost worker is restarted
+if a node has room, and its images are scored again.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from .errors import STPMError
-from .score import Row, Scorer, Worker
+from ..errors import STPMError
+from .scorer import Scorer
+from .worker import Row, Worker
 
-IMAGES = 16  # given to a worker at a time, and scored again if it is lost
+IMAGES = 16  # per block: what a worker gets at a time, and what is scored again if it is lost
 
 
 class Cluster:
@@ -25,12 +26,12 @@ class Cluster:
 
     Args:
         address: As in ``ray.init``: ``auto`` for the cluster of this node, ``local`` for one of its own.
-        settings: Of the :class:`~stpm_plugin.score.Scorer`, its model first.
-        heatmaps: Folder of the overlays, seen by all nodes; nothing for none.
-        root: Folder above all images.
+        settings: Arguments of :class:`~stpm_plugin.deployment.scorer.Scorer`, the model first.
+        heatmaps: Folder for the heat maps, on a disk that all nodes share; ``None`` draws none.
+        root: Common parent of all images.
 
     Raises:
-        STPMError: Ray is not installed, the cluster cannot be reached, or the model is none.
+        STPMError: Ray is not installed, the cluster cannot be reached, or the model cannot be used.
     """
 
     def __init__(self, address: str, settings: tuple[Any, ...], heatmaps: Path | None, root: Path) -> None:
@@ -39,7 +40,7 @@ class Cluster:
         except ImportError:
             msg = "--ray needs Ray: pip install 'stpm-plugin[cluster]'."
             raise STPMError(msg) from None
-        Scorer(*settings)  # what is wrong with the model is said here, not by a worker
+        Scorer(*settings)  # a bad model raises here, not in a worker
         try:
             ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -56,7 +57,7 @@ class Cluster:
         self.nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
 
     def rows(self, paths: Iterable[str], unreadable: Callable[[str], None]) -> Iterator[Row]:
-        """Yield a row for each image, in order; ``unreadable`` is called with the path of a file that is no image."""
+        """Yield one row per readable image, in order; ``unreadable`` is called with the path of each other file."""
         import ray.data
 
         context = ray.data.DataContext.get_current()
@@ -82,7 +83,7 @@ class Cluster:
 
 
 class Actor:
-    """A worker as Ray Data calls it; its model's files come with it."""
+    """A worker as Ray Data calls it; the model's files are sent with it."""
 
     def __init__(self, files: Any, settings: tuple[Any, ...], heatmaps: Path | None, root: Path) -> None:
         import ray
@@ -94,7 +95,7 @@ class Actor:
             self.worker = Worker(Scorer(Path(folder, model), *rest), heatmaps, root)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Score a block of paths; one row for each, in order."""
+        """Score a block of paths: one row per path, in order."""
         found = {row[0]: row for row in self.worker.rows(batch["path"], lambda _: None)}
         rows = [found.get(path, ("", float("nan"), "", float("nan"))) for path in batch["path"]]
         return {

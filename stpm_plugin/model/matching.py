@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LEAST = 0.01  # of a level's normal distance: less says nothing, and its powers down to -2 fit half precision
+# Of a level's normal distance: smaller ones say nothing, and powers of this down to -2 fit half precision.
+MIN_RELATIVE_DISTANCE = 0.01
 
 
 def normalize(features: Tensor) -> Tensor:
@@ -36,6 +37,11 @@ def distance(teacher: Tensor, student: Tensor) -> Tensor:
     return 0.5 * (teacher.float() - normalize(student)).square().sum(dim=1)
 
 
+def distances(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`distance` at each level: one map (B, H_l, W_l) for each, from shallow to deep."""
+    return [distance(t, s) for t, s in zip(teacher, student, strict=True)]
+
+
 def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], hard_share: float = 1.0) -> Tensor:
     """Training loss: the squared distance of unit vectors, averaged over batch and positions, summed over levels.
 
@@ -52,9 +58,7 @@ def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], hard_sha
     Returns:
         Scalar in [0, 4 L] for L levels.
     """
-    return torch.stack(
-        [2 * mean_of_largest(distance(t, s), hard_share) for t, s in zip(teacher, student, strict=True)]
-    ).sum()
+    return torch.stack([2 * mean_of_largest(level, hard_share) for level in distances(teacher, student)]).sum()
 
 
 def mean_of_largest(values: Tensor, share: float) -> Tensor:
@@ -65,8 +69,7 @@ def mean_of_largest(values: Tensor, share: float) -> Tensor:
 
 
 def anomaly_map(
-    teacher: Sequence[Tensor],
-    student: Sequence[Tensor],
+    levels: Sequence[Tensor],
     size: tuple[int, int],
     power: float = 0.0,
     scales: Tensor | None = None,
@@ -81,24 +84,23 @@ def anomaly_map(
     between two positions the lower one counts more, and a coarse level's halo around a defect stays narrow.
 
     Args:
-        teacher: One map of unit vectors (B, C_l, H_l, W_l) for each level.
-        student: One feature map (B, C_l, H_l, W_l) for each level.
+        levels: One map of distances (B, H_l, W_l) for each level, as :func:`distances` gives them.
         size: Height and width of the map, those of the images, pixels.
         power: Power of the mean, at most 0.
         scales: Mean distance of each level on normal images (L,), as :func:`level_means` gives them; for powers
-            below 0; nothing for equal ones.
+            below 0. ``None`` for equal ones.
         finest_weight: Weight of the first level in the mean; the others have 1.
 
     Returns:
         Anomaly map in [0, 2], (B, 1, H, W), float32; a power mean is at most the geometric one.
     """
-    levels = [distance(t, s).unsqueeze(1) for t, s in zip(teacher, student, strict=True)]  # (B, 1, H_l, W_l)
-    weights = [finest_weight, *[1.0] * (len(levels) - 1)]
+    maps = [level.unsqueeze(1) for level in levels]  # (B, 1, H_l, W_l)
+    weights = [finest_weight, *[1.0] * (len(maps) - 1)]
     if not power:
-        product = functools.reduce(torch.mul, (_upsample(x, size).pow(w) for x, w in zip(levels, weights, strict=True)))
+        product = functools.reduce(torch.mul, (_upsample(x, size).pow(w) for x, w in zip(maps, weights, strict=True)))
         return product.pow(1 / sum(weights))  # (B, 1, H, W)
-    scales = levels[0].new_ones(len(levels)) if scales is None else scales
-    relative = [(level / scale).clamp(min=LEAST) for level, scale in zip(levels, scales, strict=True)]
+    scales = maps[0].new_ones(len(maps)) if scales is None else scales
+    relative = [(level / scale).clamp(min=MIN_RELATIVE_DISTANCE) for level, scale in zip(maps, scales, strict=True)]
     upsampled = [_upsample(level.pow(2 * power), size).sqrt() for level in relative]  # (B, 1, H, W) each
     total = functools.reduce(torch.add, (level * w for level, w in zip(upsampled, weights, strict=True)))
     scale = (scales.log() * scales.new_tensor(weights)).sum() / sum(weights)
@@ -109,9 +111,9 @@ def _upsample(level: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(level, size=size, mode="bilinear", align_corners=False)
 
 
-def level_means(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
-    """Mean over batch and positions of each level's distances (L,), in [0, 2]."""
-    return torch.stack([distance(t, s).mean() for t, s in zip(teacher, student, strict=True)])
+def level_means(levels: Sequence[Tensor]) -> Tensor:
+    """Mean over batch and positions of each level's distances (B, H_l, W_l): (L,), in [0, 2]."""
+    return torch.stack([level.mean() for level in levels])
 
 
 def image_score(anomalies: Tensor, share: float, stride: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""INT8 for OpenVINO that keeps the accuracy of a student and a teacher who differ by hundredths.
+"""INT8 for OpenVINO, accurate enough for a student and a teacher that differ by hundredths.
 
 Plain post-training quantisation also rounds the distance head, where a hundredth decides, and calibrates on
 validation images, which for MVTec AD are the test images. Here the two backbones alone are quantised, on normal
-training images, and thresholds are set anew from the scores that the rounded networks give.
+training images, and thresholds are recomputed from the scores of the quantised model.
 """
 
 from __future__ import annotations
@@ -11,63 +11,35 @@ import copy
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import openvino as ov
 import torch
 from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
-from anomalib.deploy import CompressionType
 from anomalib.post_processing import PostProcessor
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from torchvision.tv_tensors import Mask
 
-from .thresholds import from_normal_images
-from .training_data import check_normal, images_of, read, split
+from ..errors import STPMError
+from ..training.data import check_normal, images_of, read
+from ..training.data_record import DataRecord, identify, paths_of
+from ..training.thresholds import VALIDATION, STPMPostProcessor, calibrate, of_held_out
 
 CALIBRATION_IMAGES = 300  # NNCF's own default
 CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 FLOAT_REDUCTION = 4  # input pixels per position, along a side, up to which nothing is rounded
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors would compute in bfloat16
-MODEL_INFO = {"model_type": "AnomalyDetection", "task": "segmentation"}  # what OpenVINO Model API reads
-
-
-class OpenVINOExport(Callback):
-    """Ends a training with an OpenVINO model of the chosen weights, below the run's folder in ``weights/openvino``.
-
-    Args:
-        compression_type: ``FP16``, ``INT8_PTQ`` or another of anomalib's; nothing for float32.
-        input_size: Height and width of the images, pixels; nothing for any.
-        export_root: Another folder than the run's.
-    """
-
-    def __init__(
-        self,
-        compression_type: CompressionType | None = None,
-        input_size: tuple[int, int] | None = None,
-        export_root: str | None = None,
-    ) -> None:
-        self.compression_type, self.input_size, self.export_root = compression_type, input_size, export_root
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Export as `anomalib export` does."""
-        if trainer.is_global_zero:
-            root = self.export_root or trainer.default_root_dir
-            options = {"input_size": self.input_size, "compression_type": self.compression_type}
-            path = pl_module.to_openvino(root, **options, datamodule=trainer.datamodule)
-            rank_zero_info(f"STPM: the OpenVINO model is {path}.")
 
 
 def export_int8(
     source: Path,
     target: Path,
     datamodule: AnomalibDataModule,
-    holdout: float,
-    seed: int,
+    record: DataRecord | None,
     size: tuple[int, int] | None,
     post_processor: PostProcessor | None,
     max_drop: float | None = None,
@@ -77,53 +49,81 @@ def export_int8(
     Args:
         source: OpenVINO file of the model without its post-processor.
         target: Where the quantised model goes, post-processor included.
-        datamodule: Where normal training images and the validation set come from.
-        holdout: Share of the training images that training held out.
-        seed: Seed of that hold-out.
-        size: Height and width to which images are resized first, pixels; nothing leaves them as they are.
-        post_processor: It stays as it is; nothing for raw scores.
+        datamodule: Holds the images that trained the model, and the validation set.
+        record: Which images trained the model and which were held out; ``None`` where that is unknown.
+        size: Height and width to which images are resized first, pixels; ``None`` leaves them as they are.
+        post_processor: Appended to the model, as a copy; ``None`` for raw scores.
         max_drop: As in :func:`quantize`.
 
     Raises:
-        STPMError: A training image is anomalous or cannot be read.
+        STPMError: The data are not those of the model, a training image is anomalous or cannot be read, or no image was
+            held out where one is needed.
     """
     datamodule.prepare_data()
     datamodule.setup("fit")
-    loader = type(datamodule).train_dataloader(datamodule)  # the datamodule's own, also while STPM trains
+    loader = datamodule.train_dataloader()
     check_normal(loader.dataset)
-    parts = split(len(loader.dataset), holdout, seed)
+    trained, held_out = places_of(loader.dataset, record)
+    if not held_out and (max_drop is not None or getattr(post_processor, "normal_quantile", None) is not None):
+        msg = (
+            "INT8_ACQ and normal_quantile need images that were held out from training, and this model has none: train "
+            "it with holdout above 0, or use INT8_PTQ with a validation set."
+        )
+        raise STPMError(msg)
 
     def fitting(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
             yield batch.update(image=resize(batch.image, list(size), antialias=True) if size else batch.image)
 
-    order = torch.randperm(len(parts.train), generator=torch.Generator().manual_seed(seed)).tolist()
-    calibration = [parts.train[place] for place in order[:CALIBRATION_IMAGES]]
-    places = (calibration, [] if max_drop is None else parts.holdout)
-    images, held = ([images_of(b).numpy() for b in fitting(read(loader, chosen, 1))] for chosen in places)
+    order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(record.seed if record else 0)).tolist()
+    calibration = [trained[index] for index in order[:CALIBRATION_IMAGES]]
+    parts = (calibration, [] if max_drop is None else held_out)
+    images, held = ([images_of(b).numpy() for b in fitting(read(loader, chosen, 1))] for chosen in parts)
     exact = ov.Core().read_model(source)
     model = quantize(exact, images, held, max_drop)
     if post_processor is not None:
         post_processor = copy.deepcopy(post_processor)
-        if from_normal_images(post_processor):
-            set_thresholds(post_processor, model, exact, fitting(read(loader, parts.holdout, 1)))
-        elif hasattr(datamodule, "val_data"):
-            set_thresholds(post_processor, model, exact, fitting(datamodule.val_dataloader()))
-        else:
-            rank_zero_warn("STPM: without a validation set the INT8 model keeps the thresholds of the float one.")
+        validation = datamodule.val_dataloader() if hasattr(datamodule, "val_data") else []
+        set_thresholds(post_processor, model, exact, fitting(read(loader, held_out, 1)), fitting(validation))
         model = post_process(model, post_processor)
     target.parent.mkdir(parents=True, exist_ok=True)
     ov.save_model(model, target, compress_to_fp16=False)
 
 
-def describe(path: Path) -> None:
-    """Write into an exported ``.xml`` what OpenVINO Model API reads to know an ``AnomalyDetection``."""
-    core = ov.Core()
-    core.set_property({"ENABLE_MMAP": False})  # the weights' file is written anew
-    model = core.read_model(path)
-    for name, value in MODEL_INFO.items():
-        model.set_rt_info(value, ["model_info", name])
-    ov.save_model(model, path, compress_to_fp16=False)
+def places_of(dataset: Any, record: DataRecord | None) -> tuple[list[int], list[int]]:
+    """Find the images that trained a model, and those that were held out, by their content.
+
+    Args:
+        dataset: Normal images of a datamodule.
+        record: Of the model's training; ``None`` where it is unknown: all count as training images then.
+
+    Returns:
+        Places of both in the data set. Images that the model has not seen are in neither.
+
+    Raises:
+        STPMError: None of the images trained the model, or none of those that were held out is here.
+    """
+    if record is None or not record.identified:
+        rank_zero_warn(
+            "STPM: this model does not say which images trained it: all of the data's calibrate, none is held out."
+        )
+        return list(range(len(dataset))), []
+    _, _, digests = identify(paths_of(dataset))
+    trained = [place for place, digest in enumerate(digests) if digest in record.trained_digests]
+    held_out = [place for place, digest in enumerate(digests) if digest in record.held_out_digests]
+    if not trained or (record.held_out and not held_out):
+        msg = (
+            f"of the data's {len(digests)} good images {len(trained)} trained this model and {len(held_out)} were held out, "
+            f"of {len(record.trained_digests)} and {len(record.held_out)}: name its training data with --data."
+        )
+        raise STPMError(msg)
+    missing = len(record.trained_digests) - len({digests[place] for place in trained})
+    missing += len(record.held_out_digests) - len({digests[place] for place in held_out})
+    if missing:
+        rank_zero_warn(
+            f"STPM: {missing} images of the model's training are not in the data; INT8 is calibrated on the rest."
+        )
+    return trained, held_out
 
 
 def quantize(
@@ -134,9 +134,9 @@ def quantize(
     Args:
         model: From images (B, 3, H, W) in [0, 1] to image scores and anomaly maps, without normalisation.
         images: Normal training images (1, 3, H, W), float32 in [0, 1].
-        holdout: Other normal images, with which ``max_drop`` is held.
-        max_drop: Operations go back to float, those that harm most first, until the correlation of the logarithms of
-            the rounded and the float model's anomaly maps is at least 1 - ``max_drop``; nothing rounds all.
+        holdout: Other normal images, on which ``max_drop`` is checked.
+        max_drop: Operations return to float, the most harmful first, until the logarithms of the quantised and the
+            float model's anomaly maps correlate by at least 1 - ``max_drop``; ``None`` quantises all.
 
     Returns:
         A new model with the same inputs and outputs.
@@ -169,9 +169,9 @@ def _log_maps(compiled: ov.CompiledModel, images: Iterable[np.ndarray]) -> np.nd
 def outside_the_backbones(model: ov.Model) -> list[str]:
     """Name the operations that stay in float: input, head, and what is not finer than a quarter of the image.
 
-    What those first operations round runs through the whole network, and the finest level's distances come right from
-    them; they are a third of a ResNet-18's work. A network whose convolutions reduce no further (Swin, which merges
-    patches without any, or ``layer1`` alone) is rounded whole.
+    Rounding errors of the first operations run through the whole network, and the finest level's distances come
+    straight from them; they are a third of a ResNet-18's work. A network whose convolutions reduce no further (Swin,
+    which merges patches without any, or ``layer1`` alone) is quantised whole.
     """
     operations = model.get_ordered_ops()
     reduction: dict[str, int] = {}  # input pixels per position, of what comes from a convolution
@@ -190,7 +190,7 @@ def outside_the_backbones(model: ov.Model) -> list[str]:
 
 
 class Scores(nn.Module):
-    """A post-processor as a network from raw scores (B,) and maps (B, 1, H, W) to what is given out."""
+    """A post-processor as a network, from raw scores (B,) and maps (B, 1, H, W) to the exported model's outputs."""
 
     def __init__(self, post_processor: PostProcessor) -> None:
         super().__init__()
@@ -225,47 +225,61 @@ def post_process(model: ov.Model, post_processor: PostProcessor) -> ov.Model:
     return whole
 
 
-def set_thresholds(post_processor: PostProcessor, model: ov.Model, exact: ov.Model, batches: Iterable[Batch]) -> None:
+def set_thresholds(
+    post_processor: PostProcessor,
+    model: ov.Model,
+    exact: ov.Model,
+    held_out: Iterable[Batch],
+    validation: Iterable[Batch],
+) -> None:
     """Set a post-processor's thresholds and normalisation anew, from what a rounded model gives.
 
-    An image threshold that labels have set becomes the one that repeats the float model's labels; one from normal
-    images is their quantile, as it was.
+    The rule is the one that set them before. An image threshold that the validation set's labels have set becomes the
+    one that repeats the float model's labels.
 
     Args:
         post_processor: The float model's; it is changed.
         model: From images to raw scores and maps, rounded.
         exact: The float model.
-        batches: Held-out normal images, if the post-processor has a ``normal_quantile``; else the validation set:
-            images (B, 3, H, W) in [0, 1], labels, and masks where there are any.
+        held_out: Batches of good images (B, 3, H, W) in [0, 1] that trained nothing.
+        validation: Batches of the validation set, likewise, with labels, and masks where there are any.
     """
-    nobody: Any = None  # neither trainer nor model is looked at
     threshold = post_processor.image_threshold.clone()
-    adaptive = not from_normal_images(post_processor)
     rounded, reference = (ov.compile_model(one, "CPU", FLOAT32) for one in (model, exact))
-    scores, float_scores = [], []
-    for batch in batches:
-        images = images_of(batch).numpy()
-        made = rounded(images)
-        score, anomaly_map = (torch.from_numpy(made[name].copy()) for name in ("pred_score", "anomaly_map"))
-        scores.append(score.reshape(-1))
-        if adaptive:
-            float_scores.append(torch.from_numpy(reference(images)["pred_score"].copy()).reshape(-1))
-        if batch.gt_mask is not None:
-            size = list(anomaly_map.shape[-2:])
-            batch.update(gt_mask=resize(Mask(batch.gt_mask), size, InterpolationMode.NEAREST))
-        batch.update(pred_score=scores[-1], anomaly_map=anomaly_map)
-        post_processor.on_validation_batch_end(nobody, nobody, batch)
-    post_processor.on_validation_epoch_end(nobody, nobody)
-    if from_normal_images(post_processor):
-        post_processor.calibrate(torch.cat(scores))
-    elif not threshold.isnan():
-        post_processor._image_threshold.copy_(same_labels(torch.cat(float_scores), threshold, torch.cat(scores)))
+    scores, float_scores = [torch.empty(0)], [torch.empty(0)]
+
+    def scored(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            made = rounded(images_of(batch).numpy())
+            score, anomaly_map = (torch.from_numpy(made[name].copy()) for name in ("pred_score", "anomaly_map"))
+            if batch.gt_mask is not None:
+                size = list(anomaly_map.shape[-2:])
+                batch.update(gt_mask=resize(Mask(batch.gt_mask), size, InterpolationMode.NEAREST))
+            yield batch.update(pred_score=score.reshape(-1), anomaly_map=anomaly_map)
+
+    def compared(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            float_scores.append(torch.from_numpy(reference(images_of(batch).numpy())["pred_score"].copy()).reshape(-1))
+            for made in scored([batch]):
+                scores.append(cast("Tensor", made.pred_score))
+                yield made
+
+    before = getattr(post_processor, "basis", VALIDATION)
+    calibrate(post_processor, of_held_out(scored(held_out)), compared(validation))
+    if not isinstance(post_processor, STPMPostProcessor):
+        return
+    if post_processor.basis != before:
+        rank_zero_warn(
+            f"STPM: the float model's thresholds come from the {before}, INT8's from the {post_processor.basis}."
+        )
+    if post_processor.basis == VALIDATION and len(torch.cat(scores)) and not threshold.isnan():
+        post_processor.set_image_threshold(same_labels(torch.cat(float_scores), threshold, torch.cat(scores)))
 
 
 def same_labels(float_scores: Tensor, threshold: Tensor, scores: Tensor) -> Tensor:
-    """Find the threshold of scores (N,) that repeats most of the labels that float scores (N,) have at theirs.
+    """Find the threshold of scores (N,) that repeats the most labels of float scores (N,) at their threshold.
 
-    Of several that do, it is the one nearest to the float threshold times the median ratio of the scores.
+    Of equally good ones, it is the nearest to the float threshold times the median ratio of the scores.
     """
     near = threshold * (scores / float_scores.clamp(min=torch.finfo(torch.float32).tiny)).median()
     ordered = scores.sort().values

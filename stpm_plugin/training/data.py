@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from .errors import STPMError
+from ..errors import STPMError
+from .feature_cache import FeatureCache
 
 # Transforms that give the same image every time. Anything else counts as augmentation.
 DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Normalize, v2.ToDtype, v2.Grayscale, v2.Pad, v2.Identity)
@@ -36,37 +37,46 @@ def images_of(batch: Batch) -> Tensor:
 
 
 class Split(NamedTuple):
-    """Places of the images in the data set, in the order in which they are read."""
+    """Places of the images in the data set, in the order in which this process reads them."""
 
     train: list[int]
     holdout: list[int]
-    held: int  # held-out images of all processes
 
 
-def split(count: int, share: float, seed: int, rank: int = 0, world: int = 1) -> Split:
-    """Hold out a random share of the images.
+def hold_out(count: int, share: float, seed: int, least: int = 1) -> list[int]:
+    """Choose which images to hold out, in ascending order.
 
     Args:
         count: Number of images.
-        share: Share to hold out, in [0, 1); above 0 at least one image for each process is.
-        seed: The same seed gives the same split.
-        rank: This process among ``world``; each gets its own share of both parts, of equal length.
+        share: Share to hold out, in [0, 1); above 0, at least ``least`` images are.
+        seed: The same seed gives the same choice among as many images.
+        least: Fewest images, one for each process.
+    """
+    held = max(least, round(count * share)) if share else 0
+    return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()[:held])
+
+
+def share_out(count: int, held: Sequence[int], rank: int = 0, world: int = 1) -> Split:
+    """Give each process its own share of both parts; the training parts are of equal length.
+
+    Args:
+        count: Number of images.
+        held: Places of the held-out images.
+        rank: This process among ``world``.
         world: Number of processes.
 
     Raises:
         STPMError: Fewer than two images are left to train on, in any process.
     """
-    held = max(world, round(count * share)) if share else 0
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    train, holdout = order[held:], order[:held]
+    train = sorted(set(range(count)) - set(held))
     if len(train) < 2 * world:
         msg = (
-            f"{count} normal training images less {held} held out leave {len(train)}, and each of {world} process(es) "
-            "needs 2: add images, or lower holdout."
+            f"{count} normal training images less {len(held)} held out leave {len(train)}, and each of {world} "
+            "process(es) needs 2: add images, or lower holdout."
         )
         raise STPMError(msg)
     even = len(train) - len(train) % world
-    return Split(sorted(train[rank:even:world]), sorted(holdout[rank::world]), held)
+    return Split(train[rank:even:world], sorted(held)[rank::world])
 
 
 def augments(dataset: Any, transform: v2.Transform | None) -> bool:
@@ -116,13 +126,13 @@ def check_depth(path: str) -> None:
 
 
 class _Refused(NamedTuple):
-    """Stands for an image that cannot be trained on, until the main process can say so."""
+    """Stands for an image that cannot be trained on, until the main process can raise the error."""
 
     reason: str
 
 
 class _Readable(Dataset):
-    """A data set whose broken files become values, since an exception loses its words on the way from a worker."""
+    """A data set whose broken files become values: worker processes lose the exception's message."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -145,14 +155,28 @@ class _Readable(Dataset):
 
 
 class _Collate:
-    """The datamodule's collation, which lets a broken file pass as it is."""
+    """The datamodule's collation, which passes on a refusal, and names an image of another size."""
 
     def __init__(self, collate: Any) -> None:
         self.collate = collate
 
     def __call__(self, items: list[Any]) -> Any:
-        broken = [item for item in items if isinstance(item, _Refused)]
-        return broken[0] if broken else self.collate(items)
+        for item in items:
+            if isinstance(item, _Refused):
+                return item
+        odd = [item for item in items if item.image.shape != items[0].image.shape]
+        if odd:
+            return _Refused(sizes_differ(odd[0].image_path, odd[0].image.shape, items[0].image.shape))
+        return self.collate(items)
+
+
+def sizes_differ(path: Any, shape: Sequence[int], others: Sequence[int]) -> str:
+    """Say that a training image, or one of a batch, has another height and width than others."""
+    first = path[0] if isinstance(path, list) else path
+    return (
+        f"training image {first} has {shape[-2]} x {shape[-1]} pixels and others {others[-2]} x {others[-1]}, and the "
+        "pre-processor resizes to no fixed size: add a Resize to it, or set batch_size=1 and cache=off."
+    )
 
 
 def read(loader: DataLoader, places: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
@@ -167,7 +191,7 @@ def read(loader: DataLoader, places: Sequence[int], batch_size: int) -> Iterator
         Batches of images (B, 3, H, W) in [0, 1].
 
     Raises:
-        STPMError: A file cannot be read, or holds what anomalib misreads; names it.
+        STPMError: A file cannot be read, holds what anomalib misreads, or has another size than its neighbours.
     """
     batches = DataLoader(
         _Readable(loader.dataset),
@@ -185,7 +209,8 @@ def read(loader: DataLoader, places: Sequence[int], batch_size: int) -> Iterator
 class TrainingBatches:
     """The loader that Lightning iterates: shuffled batches, from the cache or read anew.
 
-    The order depends on the seed and the epoch alone, so a resumed run draws what an uninterrupted one draws.
+    The order depends on the seed and the epoch alone, and the place in it is saved with a checkpoint: a resumed run
+    draws what an uninterrupted one draws, also from the middle of an epoch.
 
     Args:
         loader: The datamodule's training loader.
@@ -195,9 +220,13 @@ class TrainingBatches:
         cache: The kept images and features, in the order of ``places``, or ``None``.
     """
 
-    def __init__(self, loader: DataLoader, places: Sequence[int], batch_size: int, seed: int, cache: Any) -> None:
+    def __init__(
+        self, loader: DataLoader, places: Sequence[int], batch_size: int, seed: int, cache: FeatureCache | None
+    ) -> None:
         self.loader, self.places, self.batch_size, self.seed, self.cache = loader, places, batch_size, seed, cache
         self.epoch = 0
+        self.drawn = 0  # batches of this epoch
+        self._resumed = (-1, 0)  # epoch and batches drawn in it, of a checkpoint
 
     @property
     def sampler(self) -> TrainingBatches:
@@ -208,14 +237,29 @@ class TrainingBatches:
         """Take the order of this epoch."""
         self.epoch = epoch
 
+    def state_dict(self) -> dict[str, int]:
+        """The place in the order, as Lightning saves it."""
+        return {"epoch": self.epoch, "drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a saved place, if its epoch is drawn next."""
+        self._resumed = state["epoch"], state["drawn"]
+
     def __len__(self) -> int:
         """Batches in an epoch."""
         return -(-len(self.places) // self.batch_size)
 
     def __iter__(self) -> Iterator[TrainingBatch]:
-        """Yield the epoch's batches."""
+        """Yield the epoch's batches, or what is left of them."""
+        (epoch, drawn), self._resumed = self._resumed, (-1, 0)
+        self.drawn = drawn if epoch == self.epoch and drawn < len(self) else 0
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.places), generator=generator)
+        order = torch.randperm(len(self.places), generator=generator)[self.drawn * self.batch_size :]
+        for batch in self._batches(order):
+            self.drawn += 1
+            yield batch
+
+    def _batches(self, order: Tensor) -> Iterator[TrainingBatch]:
         if self.cache is None:
             places = [self.places[place] for place in order.tolist()]
             for batch in read(self.loader, places, self.batch_size):

@@ -12,7 +12,7 @@ from anomalib.data.utils import Split, TestSplitMode, ValSplitMode
 from PIL import Image, ImageDraw, ImageFilter
 from torchvision.transforms.v2 import Transform
 
-from .register import publish
+from ..register import publish
 
 SIDE = 256  # pixels of an image
 DRAW = 2  # drawn at twice the size and reduced, so that edges are smooth

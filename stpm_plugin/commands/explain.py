@@ -1,0 +1,156 @@
+"""Draw what a trained model sees: the levels' maps beside the anomaly map, its training, and its scores.
+
+    python -m stpm_plugin.explain model.ckpt FOLDER --out explained
+
+Writes `training.png`, the held-out score over the epochs with the selected one marked; `scores.png`, a histogram of
+image scores with the threshold; and one panel for each of the `--most` images with the highest scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..deployment.images import UNREADABLE, find_images, read_images
+from ..errors import STPMError
+from .verify import load, tensor
+
+if TYPE_CHECKING:
+    from ..training.lightning_model import STPM
+
+NORMAL, ANOMALOUS, OTHER = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito's, safe for colour-blind readers
+THRESHOLD = 0.5  # of normalised scores
+
+
+class Seen(NamedTuple):
+    """A model's verdict on an image, with what led to it."""
+
+    path: Path
+    image: np.ndarray  # (H, W, 3) RGB
+    levels: list[np.ndarray]  # (H, W) each, distances in [0, 2]
+    anomaly_map: np.ndarray  # (H, W), in [0, 1] where the model normalises
+    score: float
+    label: bool | None
+
+
+@torch.inference_mode()
+def look(model: STPM, path: str, image: np.ndarray) -> Seen:
+    """Score an image (H, W, 3) BGR and keep each level's distances, upsampled to the anomaly map's size."""
+    from ..model.matching import distance
+
+    x = tensor(image)
+    made = model(x)
+    ready = model.pre_processor(x) if model.pre_processor else x
+    pyramids = zip(model.model.teach(ready), model.model.student(ready), strict=True)
+    size = made.anomaly_map.shape[-2:]
+    levels = [F.interpolate(distance(t, s)[None], size, mode="bilinear")[0, 0].numpy() for t, s in pyramids]
+    label = None if made.pred_label is None else bool(made.pred_label)
+    return Seen(Path(path), image[:, :, ::-1], levels, _plane(made.anomaly_map), float(made.pred_score), label)
+
+
+def _plane(anomaly_map: Tensor) -> np.ndarray:
+    return anomaly_map.reshape(anomaly_map.shape[-2:]).numpy()
+
+
+def draw_image(seen: Seen, layers: Sequence[str | int]) -> Figure:
+    """Draw an image, each level's distances on their own scale, and the anomaly map with the threshold's contour."""
+    figure = Figure(figsize=(2.2 * (len(layers) + 2), 2.7), layout="constrained")
+    axes = figure.subplots(1, len(layers) + 2)
+    axes[0].imshow(seen.image)
+    axes[0].set_title(f"{seen.path.parent.name}/{seen.path.name}"[-30:], fontsize=8)
+    for axis, level, name in zip(axes[1:], seen.levels, layers, strict=False):
+        axis.imshow(level, cmap="viridis")
+        axis.set_title(f"{name}: at most {level.max():.2g}", fontsize=8)
+    axes[-1].imshow(seen.anomaly_map, cmap="viridis", vmin=0, vmax=max(1.0, float(seen.anomaly_map.max())))
+    if seen.label is not None and seen.anomaly_map.max() > THRESHOLD:
+        axes[-1].contour(seen.anomaly_map, [THRESHOLD], colors="white", linewidths=1)
+    word = {None: "", False: ", normal", True: ", anomalous"}[seen.label]
+    axes[-1].set_title(f"anomaly map; score {seen.score:.2f}{word}", fontsize=8)
+    for axis in axes:
+        axis.set_axis_off()
+    return figure
+
+
+def draw_scores(scores: Sequence[float], folders: Sequence[str]) -> Figure:
+    """Draw a histogram of image scores with the threshold, good images apart if a folder is named `good`."""
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axis = figure.subplots()
+    bins = np.linspace(0, max(1.0, *scores), 41).tolist()
+    if "good" in folders:
+        good = np.array([folder == "good" for folder in folders])
+        axis.hist(np.array(scores)[good], bins, color=NORMAL, alpha=0.7, label="good")
+        axis.hist(np.array(scores)[~good], bins, color=ANOMALOUS, alpha=0.7, label="others")
+    else:
+        axis.hist(scores, bins, color=OTHER, label="images")
+    axis.axvline(THRESHOLD, color="black", linestyle="--", label="threshold")
+    axis.set(xlabel="image score", ylabel="images")
+    axis.legend()
+    return figure
+
+
+def draw_training(scores: Sequence[float], chosen: int) -> Figure:
+    """Draw the held-out score over the epochs, the selected one marked."""
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(range(len(scores)), scores, "o-", ms=3, color=NORMAL, label="held-out score")
+    axis.plot(chosen, scores[chosen], "s", ms=8, color=ANOMALOUS, label=f"chosen: epoch {chosen}")
+    axis.set(xlabel="epoch", ylabel="mean anomaly map, good images", yscale="log")
+    axis.legend()
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, 1 after an error, or 2 if images could not be read."""
+    parser = argparse.ArgumentParser("python -m stpm_plugin.explain", description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoint", help=".ckpt file of a trained STPM")
+    parser.add_argument("images", nargs="+", help="folders, files or patterns; folders named `good` are normal")
+    parser.add_argument("--out", type=Path, default=Path("explained"), help="folder to write (default %(default)s)")
+    parser.add_argument("--most", type=int, default=20, help="pictures of single images (default %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        return explain(options.checkpoint, options.images, options.out, options.most)
+    except (STPMError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int:
+    """Write all panels into a folder; returns the exit code."""
+    from ..training.selection import CHECKPOINT_KEY
+
+    model = load(checkpoint)
+    paths: list[str] = find_images(images)
+    broken: list[str] = []
+    seen: list[Seen] = []
+    scores: list[float] = []
+    folders: list[str] = []
+    for path, image in read_images(track(paths, "scoring"), broken.append):
+        found = look(model, path, image)
+        scores.append(found.score)
+        folders.append(found.path.parent.name)
+        seen = sorted([*seen, found], key=lambda one: -one.score)[:most]
+    out.mkdir(parents=True, exist_ok=True)
+    for place, found in enumerate(seen):
+        name = f"{place:02d}-{found.path.parent.name}-{found.path.stem}.png"
+        draw_image(found, model.model.teacher.layers).savefig(out / name, dpi=110)
+    if scores:
+        draw_scores(scores, folders).savefig(out / "scores.png", dpi=110)
+    kept = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(CHECKPOINT_KEY, {})
+    if kept.get("scores"):
+        draw_training(kept["scores"], kept["epoch"]).savefig(out / "training.png", dpi=110)
+    for path in broken:
+        print(f"{path} {UNREADABLE}.", file=sys.stderr)
+    print(
+        f"{len(seen)} pictures of images lie in {out}, and scores.png and training.png where there is something to draw"
+    )
+    return 2 if broken else 0

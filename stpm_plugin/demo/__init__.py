@@ -1,0 +1,1 @@
+"""Drawn demo images, so that a first run needs no download."""

@@ -1,0 +1,90 @@
+"""From held-out good images' scores to a threshold, and to the share of false alarms that it leads to.
+
+Scores of held-out good images and of later ones are exchangeable as long as the line does not change. The k-th lowest
+of n such scores is then exceeded by the next one with a probability of (n + 1 - k) / (n + 1), whatever the scores'
+distribution, and given these n scores the share of false alarms follows a Beta(n + 1 - k, k) distribution (Vovk,
+"Conditional validity of inductive conformal predictors", ACML 2012; Angelopoulos and Bates, arXiv 2107.07511, section
+3.2). That needs about 1 / (1 - quantile) images. With fewer the scores' tail is extrapolated: logarithms of good
+images' scores are taken to be normal, and the threshold is the upper end of Student's prediction interval for the
+next one, which is exact for any n if they are. `benchmarks/false_alarms.py` compares asked and found shares.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.9  # of intervals: both ends are one-sided 95 % bounds
+TINY = 1e-12  # scores of 0 have no logarithm
+ONE_IMAGE_FACTOR = 2.0  # a single score says nothing of the spread; twice the score is 3 to 8 deviations on real parts
+
+
+class Limit(NamedTuple):
+    """A threshold and what is known of its false alarms.
+
+    Attributes:
+        value: The threshold, on the scale of the scores; scores above it are anomalous.
+        expected: Expected share of good images above it, in [0, 1].
+        low: Lower end of the interval of that share.
+        high: Upper end.
+        images: Number of held-out good images n.
+        exact: Whether ``expected`` holds for any distribution; else it assumes log-normal scores, and the interval
+            alone does not.
+    """
+
+    value: float
+    expected: float
+    low: float
+    high: float
+    images: int
+    exact: bool
+
+
+def images_needed(quantile: float) -> int:
+    """Number of good images from which a quantile of their scores is a threshold without assumptions."""
+    return math.ceil(round(quantile / (1 - quantile), 9))
+
+
+def limit(scores: np.ndarray, quantile: float) -> Limit:
+    """Choose the threshold that a share of ``quantile`` of good images should stay below.
+
+    Args:
+        scores: Scores (n,) of good images that trained nothing, n at least 1; finite.
+        quantile: In (0, 1).
+    """
+    scores = np.sort(np.asarray(scores, np.float64))
+    count = len(scores)
+    if count >= images_needed(quantile):
+        rank = min(count, math.ceil(round(quantile * (count + 1), 9)))
+        return Limit(float(scores[rank - 1]), *_alarms_at_rank(rank, count), count, exact=True)
+    value = max(_log_normal_limit(scores, quantile), float(scores[-1]))
+    return Limit(value, 1 - quantile, 0.0, _alarms_at_rank(count, count)[2], count, exact=False)
+
+
+def found(scores: np.ndarray, threshold: float) -> Limit:
+    """What the scores (n,) of good images say of a threshold that was chosen without them (Clopper and Pearson)."""
+    count, above = len(scores), int((np.asarray(scores) > threshold).sum())
+    tail = (1 - CONFIDENCE) / 2
+    low = float(stats.beta.ppf(tail, above, count - above + 1)) if above else 0.0
+    high = float(stats.beta.ppf(1 - tail, above + 1, count - above)) if above < count else 1.0
+    return Limit(threshold, above / count, low, high, count, exact=True)
+
+
+def _alarms_at_rank(rank: int, count: int) -> tuple[float, float, float]:
+    """Expected share of scores above the ``rank``-th lowest of ``count``, and its interval."""
+    above, tail = count + 1 - rank, (1 - CONFIDENCE) / 2
+    low, high = (float(stats.beta.ppf(end, above, rank)) for end in (tail, 1 - tail))
+    return above / (count + 1), low, high
+
+
+def _log_normal_limit(scores: np.ndarray, quantile: float) -> float:
+    """Upper end of the prediction interval for the next of log-normal scores."""
+    count = len(scores)
+    if count == 1:
+        return ONE_IMAGE_FACTOR * float(scores[0])
+    logs = np.log(np.maximum(scores, TINY))
+    reach = stats.t.ppf(quantile, count - 1) * math.sqrt(1 + 1 / count)
+    return float(np.exp(logs.mean() + reach * logs.std(ddof=1)))

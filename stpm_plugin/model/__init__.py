@@ -1,0 +1,1 @@
+"""Pure torch: features, teacher weights, matching, the network, pre-processing."""

@@ -1,0 +1,118 @@
+"""How STPM is saved and loaded, by Lightning's and torch's own hooks."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch import Trainer
+
+from ..errors import STPMError
+from . import saved_state
+from .diagnostics import bad_checkpoint, require_room, size_of
+from .thresholds import STPMPostProcessor
+
+if TYPE_CHECKING:
+    from .lightning_model import STPM
+    from .selection import WeightSelection
+
+    Base = AnomalibModule
+else:
+    Base = object  # anomalib lists direct subclasses of its module alone, and this is no model
+
+
+class Checkpointed(Base):
+    """The part of STPM that carries all that decides a verdict into each checkpoint and state dict, and back."""
+
+    stated: dict[str, Any]
+    selection: WeightSelection
+    transform: Any
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """All that decides a verdict, but for the tensors: see :mod:`stpm_plugin.training.saved_state`."""
+        return saved_state.describe(_stpm(self))
+
+    def set_extra_state(self, state: Any) -> None:
+        """Become the model that a saved state describes, before its tensors are loaded."""
+        saved_state.restore(_stpm(self), state, self.stated)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load tensors and settings, as torch does.
+
+        Raises:
+            STPMError: The state dict does not say what model it is of.
+        """
+        if saved_state.KEY not in state_dict:
+            msg = (
+                "this state dict lacks the model's settings (_extra_state): use load_from_checkpoint on its checkpoint."
+            )
+            raise STPMError(msg)
+        loaded = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if isinstance(self.post_processor, STPMPostProcessor):
+            self.post_processor.follow_stated_quantile()
+        return loaded
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the chosen weights, and those under training beside them.
+
+        Raises:
+            STPMError: There is no room: Lightning would truncate the checkpoint that it writes over.
+        """
+        super().on_save_checkpoint(checkpoint)
+        self.selection.put_into(checkpoint, _stpm(self))
+        need = 2 * size_of(checkpoint["state_dict"])  # the student under training and its momentum take less than that
+        folders = {Path(getattr(one, "dirpath", None) or ".") for one in self.trainer.checkpoint_callbacks}
+        for folder in folders or {Path(self.trainer.default_root_dir)}:
+            require_room(folder, need, "a checkpoint", "--default_root_dir")
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # the other arguments are passed on
+        cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any
+    ) -> STPM:
+        """Load as anomalib does; arguments of the constructor that are given here count as stated.
+
+        Raises:
+            STPMError: The file is truncated, holds code or another model, or an argument contradicts it.
+        """
+        try:
+            module = cast("STPM", super().load_from_checkpoint(checkpoint_path, *args, **kwargs))
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            if said := bad_checkpoint(checkpoint_path, error):
+                raise STPMError(said) from None
+            raise
+        module.stated = {
+            name: value for name, value in kwargs.items() if name in module.hparams or name == "pre_processor"
+        }
+        saved_state.restore(module, saved_state.describe(module), module.stated)
+        return module
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Become the model that a checkpoint describes, one of version 0.1.0 included."""
+        trainer = attached_trainer(_stpm(self))
+        saved_state.refuse_foreign(checkpoint, trainer and trainer.ckpt_path)
+        tensors = checkpoint["state_dict"]
+        state = tensors.setdefault(saved_state.KEY, saved_state.upgraded(checkpoint))
+        before = self.transform
+        saved_state.restore(_stpm(self), state, self.stated)
+        super().on_load_checkpoint(checkpoint)
+        own = self.state_dict()  # of metrics and a visualizer, which learn nothing and may be others
+        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "post_processor.", "_"))}
+        checkpoint["state_dict"] = {n: t for n, t in own.items() if n.startswith("evaluator.")} | kept
+        datamodule = getattr(trainer, "datamodule", None)
+        if trainer is not None and datamodule is not None and self.transform is not before:
+            datamodule.setup(trainer.state.fn)  # anomalib resizes by the transform that the model had until now
+
+
+def attached_trainer(module: STPM) -> Trainer | None:
+    """The trainer that runs a module, if any does."""
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
+
+
+def _stpm(module: Checkpointed) -> STPM:
+    return cast("STPM", module)

@@ -1,0 +1,87 @@
+"""Which images trained a model and which were held out, by content, so that no later run has to guess."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+READERS = 4  # threads: hashing releases the interpreter, and a disk answers several at once
+UNKNOWN = ""  # digest of an image that could not be read, or of a data set that names no files
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """The good images of a run.
+
+    Args:
+        names: Path of each image, relative to the folder above all of them, with forward slashes.
+        sizes: Bytes of each.
+        digests: BLAKE2 hash of each file's bytes, 128 bits, hexadecimal.
+        held_out: Places of the images that chose the weights and set thresholds, and trained nothing.
+        holdout: Share that was asked for.
+        seed: Seed of the hold-out and of the order of the batches.
+    """
+
+    names: list[str]
+    sizes: list[int]
+    digests: list[str]
+    held_out: list[int]
+    holdout: float
+    seed: int
+
+    def to_state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return asdict(self)
+
+    @property
+    def identified(self) -> bool:
+        """Whether each image is known by its content."""
+        return bool(self.digests) and UNKNOWN not in self.digests
+
+    @property
+    def held_out_digests(self) -> frozenset[str]:
+        """Contents that were held out and that no training image shares."""
+        return frozenset(self.digests[place] for place in self.held_out) - self.trained_digests
+
+    @property
+    def trained_digests(self) -> frozenset[str]:
+        """Contents that trained the model."""
+        held = set(self.held_out)
+        return frozenset(digest for place, digest in enumerate(self.digests) if place not in held)
+
+
+def paths_of(dataset: Any) -> list[Path]:
+    """Image files of an anomalib data set, in its order; empty for one that names no files."""
+    samples = getattr(dataset, "samples", None)
+    return [] if samples is None else [Path(path) for path in samples.image_path]
+
+
+def identify(paths: Sequence[Path]) -> tuple[list[str], list[int], list[str]]:
+    """Names, sizes and digests of image files, as :class:`DataRecord` has them."""
+    if not paths:
+        return [], [], []
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(_digest, paths))
+    root = _folder_above([path.absolute() for path in paths])
+    names = [path.absolute().relative_to(root).as_posix() for path in paths]
+    return names, [size for size, _ in found], [digest for _, digest in found]
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    try:
+        content = path.read_bytes()
+    except OSError:  # whoever decodes the file says what is wrong with it
+        return 0, UNKNOWN
+    return len(content), hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _folder_above(paths: Sequence[Path]) -> Path:
+    """The deepest folder that holds all of the files."""
+    folder = paths[0].parent
+    while not all(path.is_relative_to(folder) for path in paths):
+        folder = folder.parent
+    return folder

@@ -1,0 +1,84 @@
+"""An untrained model gives no verdict, and no image is scored that anomalib has misread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from ..errors import STPMError
+from .data import check_depth
+
+if TYPE_CHECKING:
+    from ..model.network import STPMModel
+    from .lightning_model import STPM
+
+    Base = AnomalibModule
+else:
+    Base = object  # anomalib lists direct subclasses of its module alone, and this is no model
+
+
+class TrainedOnly(Base):
+    """The part of STPM that stands before validation, test, prediction and export."""
+
+    model: STPMModel
+    trained: bool
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuse images that anomalib has misread, here and in tests and predictions.
+
+        Raises:
+            STPMError: An image has more bits than anomalib reads.
+        """
+        del batch_idx, dataloader_idx
+        for path in batch.image_path or ():
+            check_depth(path)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def on_validation_start(self) -> None:
+        """Refuse to validate an untrained model, but for a run's own validation."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.require_trained()
+
+    def on_test_start(self) -> None:
+        """Refuse to test an untrained model."""
+        self.require_trained()
+
+    def on_predict_start(self) -> None:
+        """Refuse to predict with an untrained model."""
+        self.require_trained()
+
+    def require_trained(self) -> None:
+        """Refuse to use an untrained model.
+
+        Raises:
+            STPMError: It is untrained.
+        """
+        if not self.trained:
+            msg = "this STPM is untrained: give the checkpoint of a trained one with --ckpt_path (ckpt_path=...)."
+            raise STPMError(msg)
+
+    # Export
+
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export as anomalib does, a trained model alone."""
+        self.require_trained()
+        return super().to_torch(*args, **kwargs)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # anomalib's differs from Lightning's
+        """Export as anomalib does, a trained model that is not tiled alone."""
+        self.require_trained()
+        if self.model.tiler is not None:
+            msg = "a tiled model cannot be exported to ONNX or OpenVINO: train it on whole images, or use to_torch."
+            raise STPMError(msg)
+        return super().to_onnx(*args, **kwargs)
+
+    def to_openvino(self, export_root: Path | str, *args: Any, **kwargs: Any) -> Path:
+        """Export as anomalib does, but for INT8: see :func:`stpm_plugin.deployment.openvino_export.export`."""
+        from ..deployment.openvino_export import export  # the one import upward; OpenVINO takes seconds to import
+
+        self.require_trained()
+        return export(cast("STPM", self), super().to_openvino, export_root, *args, **kwargs)

@@ -1,0 +1,78 @@
+"""What a student makes of the held-out good images, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, cast
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model.matching import anomaly_map, distances, level_means
+from .thresholds import HeldOut
+
+if TYPE_CHECKING:
+    from .lightning_model import STPM
+
+Batches = Iterable[tuple[Tensor, list[Tensor]]]  # pre-processed images (B, 3, H, W) and the teacher's unit vectors
+
+
+@torch.no_grad()
+def score(module: STPM, batches: Batches) -> tuple[float, Tensor, list[tuple[list[Tensor], tuple[int, int]]]]:
+    """Score good images of all processes with the student as it is.
+
+    Args:
+        module: The model.
+        batches: This process's images (B, 3, H, W) and the teacher's unit vectors.
+
+    Returns:
+        The mean over images and positions of the levels' product, as the authors take it, brought back to the
+        scale of one distance, in [0, 2]; each level's mean distance (L,); and this process's distances, with the
+        height and width of their images.
+    """
+    count = len(module.model.teacher.layers)
+    sums = torch.zeros(count + 2, device=module.device)
+    kept = []
+    module.model.eval()
+    for images, teacher in batches:
+        with module.autocast():
+            levels = distances(teacher, module.model.study(images))
+        size = (images.shape[-2], images.shape[-1])
+        product = anomaly_map(levels, size).pow(count).mean().unsqueeze(0)
+        sums += len(images) * torch.cat([product.new_ones(1), product, level_means(levels)])
+        kept.append((levels, size))
+    module.model.train()
+    seen, product, *means = module.trainer.strategy.reduce(sums, reduce_op="sum")
+    scales = (torch.stack(means) / seen).clamp(min=torch.finfo().tiny)
+    return float((product / seen).pow(1 / count)), scales, kept
+
+
+@torch.no_grad()
+def predicted(module: STPM, batches: Batches) -> Iterator[InferenceBatch]:
+    """Predict this process's held-out images in full precision, as a deployed model does."""
+    module.model.eval()
+    for images, teacher in batches:
+        height, width = images.shape[-2:]
+        yield module.model.score(distances(teacher, module.model.study(images)), (height, width))
+    module.model.train()
+
+
+def gathered(module: STPM, own: HeldOut, held: int) -> HeldOut:
+    """Join what each process says of its held-out images; some hold out one more than others."""
+    if not held:
+        return own
+    most = -(-held // module.trainer.world_size)
+    padded = torch.stack([F.pad(values, (0, most - len(values)), value=torch.nan) for values in own])
+    every = cast("Tensor", module.all_gather(padded.to(module.device))).reshape(-1, 2, most).transpose(0, 1).flatten(1)
+    scores, maxima = every[:, ~every[0].isnan()].cpu()
+    return scores, maxima
+
+
+def share_statistics(module: STPM) -> None:
+    """Give all processes the mean of their BatchNorm statistics, so that there is one student."""
+    if module.trainer.world_size > 1:
+        for statistic in module.model.student.buffers():
+            if statistic.is_floating_point():
+                statistic.copy_(module.trainer.strategy.reduce(statistic.clone(), reduce_op="mean"))

@@ -1,0 +1,287 @@
+"""STPM as anomalib's Engine and command line run it.
+
+The module holds what is trained and says what a step is. A run's other jobs have owners of their own: its images
+(`normal_images`), the choice of the weights (`selection`), its length and rate (`schedule`), thresholds (`thresholds`),
+what is saved (`saved_state`, `checkpoints`), and what is said when something is wrong (`diagnostics`, `guards`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, cast
+
+import timm
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torchvision.transforms.v2 import Resize
+
+from ..errors import STPMError
+from ..model.matching import matching_loss
+from ..model.network import STPMModel
+from ..model.pre_processing import STPMPreProcessor
+from ..model.teacher_weights import load_teacher
+from ..register import publish
+from . import saved_state
+from .checkpoints import Checkpointed
+from .data import TrainingBatch, images_of
+from .data_record import DataRecord
+from .diagnostics import FailureReport, TimeLeft, check_run
+from .feature_cache import CacheMode
+from .guards import TrainedOnly
+from .schedule import Kind, RateSchedule, bound_epochs, end_of_run, steps_in_a_pass
+from .selection import WeightSelection
+from .thresholds import STPMPostProcessor
+
+Precision = Literal["auto", "trainer"]
+
+
+class STPM(Checkpointed, TrainedOnly, AnomalibModule):
+    """Student-Teacher Feature Pyramid Matching (Wang et al., BMVC 2021, arXiv 2103.04257).
+
+    The defaults go past the paper's recipe, which ``configs/paper.yaml`` holds. A share of the normal training images
+    is held out, and the weights of the epoch with the lowest mean anomaly map on them are the ones that are tested,
+    saved and exported. Test images and anomalib's validation set choose no weights.
+
+    Args:
+        backbone: timm model of teacher and student; any that offers ``features_only``. A tag names its weights.
+        layers: Names (``layer1``) or indices of the matched layers, from shallow to deep.
+        teacher_weights: Path of a ``.safetensors`` or ``.pth`` file; ``builtin`` for the package's small teacher,
+            trained on CIFAR-10; ``None`` for timm's pretrained weights, which are downloaded.
+        image_size: Height and width to which images are resized, pixels.
+        score_share: Share of the anomaly map, its highest values, whose mean is the image score; 0 for its maximum, as
+            in the paper.
+        level_power: Power of the mean over the levels' distances, each over its mean on held-out normal images, in
+            [-4, 0]: below 0 the levels that see less count more; 0 for the paper's product.
+        finest_weight: Weight of the shallowest level in that mean, above 0; the others have 1, and so has it in the
+            paper.
+        hard_share: Share of the positions in a batch, those of the largest distances, that train; 1 for all, as in
+            the paper.
+        lr: Learning rate of SGD, the highest of the schedule; 0.4 is the authors', for a batch of 32.
+        momentum: Momentum of SGD, in [0, 1).
+        weight_decay: Weight decay of SGD.
+        schedule: ``constant`` rate, or ``one-cycle``: up to ``lr`` in the first 30 % of the steps, then down to zero.
+        epochs: Passes over the training images where the trainer's ``max_epochs`` is not set.
+        min_steps: Optimiser steps that those passes come to at least: with few images there are more passes; 0 for
+            ``epochs`` alone.
+        batch_size: Training images in a step; ``None`` for the datamodule's ``train_batch_size``.
+        holdout: Share of the normal training images to hold out, in [0, 1); 0 takes the last epoch's weights.
+        cache: Where images and teacher features are kept between epochs: ``memory`` (the GPU's while they take at most
+            half of what is free there), ``disk``, ``off``, or ``auto``: memory while they take at most half of what is
+            free, then disk.
+        cache_dir: Directory of the cache's file; ``None`` for the system's temporary directory.
+        precision: ``auto`` computes the networks in bfloat16 while training where the hardware has it natively;
+            ``trainer`` leaves it to ``trainer.precision``, which also wins when it is not 32 bits.
+        seed: Seed of the student's first weights, of the hold-out and of the batches; ``None`` to draw them from
+            torch's global seed. (anomalib 2.7's command line accepts ``--seed_everything`` and does not use it.)
+        pre_processor: As in anomalib.
+        post_processor: As in anomalib; :class:`stpm_plugin.STPMPostProcessor` can set thresholds without defects.
+        evaluator: As in anomalib.
+        visualizer: As in anomalib.
+
+    Attributes:
+        trained: Whether there are weights to test, predict with and export.
+        teacher_ready: Whether the teacher holds trained weights.
+        data_record: Which images trained the model and which were held out; ``None`` before training.
+
+    Raises:
+        STPMError: An argument is out of range, or the backbone or a layer does not exist.
+    """
+
+    model: STPMModel
+    post_processor: PostProcessor | None
+
+    def __init__(
+        self,
+        backbone: str = "resnet18.tv_in1k",
+        layers: Sequence[str | int] = ("layer1", "layer2", "layer3"),
+        teacher_weights: str | None = None,
+        image_size: tuple[int, int] = (256, 256),
+        score_share: float = 0.003,
+        level_power: float = -1.0,
+        finest_weight: float = 0.5,
+        hard_share: float = 0.2,
+        lr: float = 1.6,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        schedule: Kind = "one-cycle",
+        epochs: int = 8,
+        min_steps: int = 600,
+        batch_size: int | None = 2,
+        holdout: float = 0.05,
+        cache: CacheMode = "auto",
+        cache_dir: str | None = None,
+        precision: Precision = "auto",
+        seed: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        check_shares(holdout, hard_share)
+        made = default_pre_processor(backbone, image_size) if pre_processor is True else pre_processor
+        super().__init__(made, post_processor, evaluator, visualizer)
+        self.model = seeded_model(seed, backbone, layers, score_share, level_power, finest_weight)
+        self.teacher_weights, self.precision, self.seed = teacher_weights, precision, seed
+        self.lr, self.momentum, self.weight_decay, self.hard_share = lr, momentum, weight_decay, hard_share
+        self.schedule, self.epochs, self.min_steps, self.batch_size = schedule, epochs, min_steps, batch_size
+        self.holdout, self.cache, self.cache_dir = holdout, cache, cache_dir
+        self.trained = self.teacher_ready = False
+        self.data_record: DataRecord | None = None
+        self.stated = saved_state.stated_arguments(self, () if pre_processor is True else ("pre_processor",))
+        self.selection = WeightSelection()
+
+    # What anomalib asks of a model
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Normal images only."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Skip Lightning's trial validation: an untrained student says nothing."""
+        return {"num_sanity_val_steps": 0}
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize to ``image_size`` (height, width; 256 x 256 by default) and normalise with ImageNet's statistics."""
+        return STPMPreProcessor(image_size=image_size or (256, 256))
+
+    def configure_post_processor(self) -> PostProcessor:
+        """The package's thresholds and normalisation."""
+        return STPMPostProcessor()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """anomalib's, the choice of the weights, and what a run says of itself."""
+        anomalibs = cast("Sequence[Callback]", super().configure_callbacks())
+        return [*anomalibs, self.selection, TimeLeft(), FailureReport()]
+
+    # Training
+
+    def plan(self, batches: int) -> None:
+        """Check a run before it starts, and bound it if it names no length; ``batches`` are those of a pass."""
+        check_run(self.trainer, self)
+        steps = steps_in_a_pass(self.trainer, batches)
+        bound_epochs(self.trainer, steps, self.epochs, self.min_steps, self.schedule)
+
+    def ready_teacher(self) -> None:
+        """Read the teacher's weights, unless a checkpoint brought them."""
+        if not self.teacher_ready:
+            load_teacher(self.model.teacher, self.model.backbone, self.teacher_weights)
+            self.teacher_ready = True
+            name = "bfloat16, distances in float32" if self._bfloat16 else self.trainer.precision
+            rank_zero_info(f"STPM: training on {self.device.type} in {name}.")
+
+    def configure_optimizers(self) -> Any:
+        """SGD on the student, and the rate's schedule over the run."""
+        optimizer = torch.optim.SGD(
+            self.model.student.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+        schedule = RateSchedule(optimizer, self.lr, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Lay the schedule over the steps that are left, with the caller's settings where a checkpoint had others."""
+        for group in cast("Any", self.optimizers()).param_groups:
+            group.update(momentum=self.momentum, weight_decay=self.weight_decay)
+        if isinstance(schedule := self.lr_schedulers(), RateSchedule):
+            schedule.plan(self.trainer.global_step, end_of_run(self.trainer), self.lr)
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> STEP_OUTPUT:
+        """Match the teacher's unit vectors on a batch of normal images (B, 3, H, W).
+
+        Raises:
+            STPMError: The loss is not finite.
+        """
+        images = images_of(batch)
+        teacher = batch.teacher or self.model.teach(images)
+        with self.autocast():
+            student = self.model.study(images)
+        loss = matching_loss(teacher, student, self.hard_share)
+        if not torch.isfinite(loss):
+            msg = (
+                f"the loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}: lower lr ({self.lr}). "
+                "The last checkpoint holds the weights chosen so far."
+            )
+            raise STPMError(msg)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        return loss
+
+    def autocast(self) -> AbstractContextManager:
+        """Compute a network in bfloat16 while training, where the hardware does so natively."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
+
+    @property
+    def _bfloat16(self) -> bool:
+        return self.precision == "auto" and self.trainer.precision == "32-true" and native_bf16(self.device)
+
+    # Prediction
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch of images (B, 3, H, W)."""
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    @property
+    def transform(self) -> Any:
+        """The pre-processor's transform, which anomalib applies to each batch; ``None`` for none."""
+        return getattr(self.pre_processor, "transform", None)
+
+    @property
+    def network_size(self) -> tuple[int, int] | None:
+        """Height and width to which the pre-processor resizes, pixels, if it does."""
+        parts = getattr(self.transform, "transforms", [self.transform])
+        sizes = [tuple(part.size) for part in parts if isinstance(part, Resize) and len(part.size or ()) == 2]
+        return sizes[-1] if sizes else None
+
+
+def check_shares(holdout: float, hard_share: float) -> None:
+    """Refuse shares that are out of range.
+
+    Raises:
+        STPMError: One is; names it and its range.
+    """
+    if not 0 <= holdout < 1:
+        msg = f"holdout={holdout} must be a share of the training images, at least 0 and below 1."
+        raise STPMError(msg)
+    if not 0 < hard_share <= 1:
+        msg = f"hard_share={hard_share} must be a share of the positions, above 0 and at most 1 (all train)."
+        raise STPMError(msg)
+
+
+def seeded_model(seed: int | None, *arguments: Any) -> STPMModel:
+    """An untrained :class:`STPMModel` whose student's first weights depend on ``seed`` alone, where there is one."""
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return STPMModel(*arguments)
+
+
+def default_pre_processor(backbone: str, image_size: tuple[int, int]) -> PreProcessor:
+    """Resize to ``image_size`` and normalise as the backbone's weights of timm were trained."""
+    config = timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
+    statistics: dict[str, Any] = {"mean": config.mean, "std": config.std} if config else {}
+    return STPMPreProcessor(image_size=image_size, **statistics)
+
+
+@functools.cache
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device computes bfloat16 in hardware: AVX512-BF16, AMX, or CUDA from Ampere on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+publish(STPM, "anomalib.models")

@@ -1,0 +1,200 @@
+"""The good images of one run: which are held out, what is kept of them, and the batches that Lightning draws."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import wrapt
+from lightning.pytorch.utilities import rank_zero_info
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..errors import STPMError
+from ..model.matching import matching_loss
+from .data import Split, TrainingBatches, augments, check_normal, hold_out, images_of, read, share_out, sizes_differ
+from .data_record import DataRecord, identify, paths_of
+from .feature_cache import FeatureCache, open_cache
+
+if TYPE_CHECKING:
+    from .lightning_model import STPM
+
+
+class StandIn(wrapt.ObjectProxy):
+    """A datamodule as Lightning sees it during a fit: all is the user's, but for the batches that train.
+
+    Args:
+        source: The user's datamodule, which is not changed.
+        images: What trains.
+        validates: Whether its validation set is read in each epoch; else thresholds are set once, at the end.
+    """
+
+    def __init__(self, source: Any, images: NormalImages, validates: bool) -> None:
+        super().__init__(source)
+        self._self_images, self._self_validates = images, validates  # wrapt keeps names of this form to itself
+
+    def train_dataloader(self) -> TrainingBatches:
+        """The batches that train."""
+        return self._self_images.batches
+
+    def val_dataloader(self) -> Any:
+        """The user's validation set, or none."""
+        if self._self_validates:
+            return self.__wrapped__.val_dataloader()
+        warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # meant to be
+        return []
+
+
+class NormalImages:
+    """The good images of a run, read through the user's datamodule when they are first needed.
+
+    Args:
+        module: The model that is trained.
+        source: The user's datamodule, set up.
+    """
+
+    def __init__(self, module: STPM, source: Any) -> None:
+        self.module, self.source = module, source
+        self._batches: TrainingBatches | None = None
+        self._loader: DataLoader  # this, the split and the record are there once the batches are
+        self._split: Split
+        self._record: DataRecord
+        self._cache: FeatureCache | None = None
+
+    @property
+    def count(self) -> int:
+        """Good images in the datamodule."""
+        return len(self.source.train_dataloader().dataset)
+
+    @property
+    def batches_in_a_pass(self) -> int:
+        """Batches that this process draws in an epoch, known before any image is read."""
+        count, world = self.count, self.module.trainer.world_size
+        held = hold_out(count, self.module.holdout, 0, world)
+        return -(-len(share_out(count, held, 0, world).train) // self._batch_size)
+
+    @property
+    def batches(self) -> TrainingBatches:
+        """The training batches; the first call splits, identifies and keeps the images."""
+        self.module.ready_teacher()  # each time: a learning-rate finder restores the model between two calls
+        if self._batches is None:
+            self._batches = self._open()
+        self.module.data_record = self._record
+        return self._batches
+
+    @property
+    def held(self) -> int:
+        """Held-out images of all processes."""
+        return len(self._record.held_out)
+
+    def held_out(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield this process's held-out images (B, 3, H, W), pre-processed, and the teacher's unit vectors."""
+        return self._read(self._split.holdout, len(self._split.train))
+
+    def training(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield this process's training images likewise, in order."""
+        return self._read(self._split.train, 0)
+
+    @property
+    def _batch_size(self) -> int:
+        return self.module.batch_size or cast("int", self.source.train_dataloader().batch_size)
+
+    def _open(self) -> TrainingBatches:
+        module, trainer = self.module, self.module.trainer
+        self._loader = loader = self.source.train_dataloader()
+        check_normal(loader.dataset)
+        self._record = record = self._hold_out(module.data_record)
+        self._split = share_out(len(loader.dataset), record.held_out, trainer.global_rank, trainer.world_size)
+        self._cache = self._keep([*self._split.train, *self._split.holdout]) if self._may_keep() else None
+        return TrainingBatches(loader, self._split.train, self._batch_size, record.seed, self._cache)
+
+    def _hold_out(self, before: DataRecord | None) -> DataRecord:
+        """Identify the images and hold some out: those of the checkpoint's run, where they are the same images."""
+        module, trainer = self.module, self.module.trainer
+        dataset = cast("Any", self._loader.dataset)
+        found = identify(paths_of(dataset)) if trainer.is_global_zero else None
+        names, sizes, digests = cast("tuple[list[str], list[int], list[str]]", trainer.strategy.broadcast(found))
+        given = before.seed if before else torch.initial_seed() % 2**31
+        seed = module.seed if module.seed is not None else int(trainer.strategy.broadcast(given))
+        held = hold_out(len(dataset), module.holdout, seed, trainer.world_size)
+        if before and before.identified and before.held_out and before.holdout == module.holdout:
+            again = [place for place, digest in enumerate(digests) if digest in before.held_out_digests]
+            if len(again) == len(before.held_out):
+                held = again
+        return DataRecord(names, sizes, digests, held, module.holdout, seed)
+
+    def _may_keep(self) -> bool:
+        """Whether an image and its features are the same in each epoch, and are to be kept."""
+        if self.module.cache == "off":
+            return False
+        if getattr(self.source, "external_collate_fn", None) is not None:
+            why = "the datamodule has a collation of its own, which may change images"
+        elif augments(self._loader.dataset, self.module.transform):
+            why = "training images are augmented"
+        else:
+            return True
+        rank_zero_info(f"STPM: {why}, so they and the teacher's features are made anew in each epoch.")
+        return False
+
+    @torch.no_grad()
+    def _keep(self, places: Sequence[int]) -> FeatureCache | None:
+        """Read each image and run the teacher on it once."""
+        module, size = self.module, self._batch_size
+        cache, start = None, 0
+        total = -(-len(places) // size)
+        batches = read(self._loader, places, size)
+        for batch in track(
+            batches, "reading images and teacher features", total, disable=not module.trainer.is_global_zero
+        ):
+            images = images_of(batch)
+            teacher = module.model.teach(self._prepared(images))
+            if cache is None:
+                step = size * activation_bytes(module, self._prepared(images[:1]))
+                example = images[0], [level[0] for level in teacher]
+                cache = open_cache(
+                    module.cache, module.cache_dir, len(places), *example, step, module.trainer.num_devices
+                )
+            if cache is None:
+                return None
+            if images.shape[1:] != cache.images.shape[1:]:
+                raise STPMError(sizes_differ(batch.image_path, images.shape, cache.images.shape))
+            cache.put(start, images, teacher)
+            start += len(images)
+        return cache
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        """Move images (B, 3, H, W) to the model's device and pre-process them."""
+        images = images.to(self.module.device)
+        return self.module.transform(images) if self.module.transform else images
+
+    def _read(self, places: Sequence[int], start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield images and unit vectors at places in the data set, which lie in the cache from ``start`` on."""
+        if self._cache is None:
+            for batch in read(self._loader, places, self._batch_size):
+                images = self._prepared(images_of(batch))
+                yield images, self.module.model.teach(images)
+        else:
+            for kept in torch.arange(start, start + len(places)).split(self._batch_size):
+                images, teacher = self._cache.get(kept)
+                yield self._prepared(images), [level.to(self.module.device) for level in teacher]
+
+
+def activation_bytes(module: STPM, images: Tensor) -> int:
+    """Bytes that a forward pass of the student on pre-processed images (B, 3, H, W) keeps for its backward pass."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    module.model.student.eval()  # so that no statistic moves
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with module.autocast():
+            student = module.model.study(images)
+        loss = matching_loss(student, student)
+    module.model.student.train()
+    del loss
+    return sum(kept.values())
