@@ -71,23 +71,26 @@ def export_int8(
         )
         raise STPMError(msg)
 
-    def fitting(batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            yield batch.update(image=resize(batch.image, list(size), antialias=True) if size else batch.image)
-
     order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(record.seed if record else 0)).tolist()
     calibration = [trained[index] for index in order[:CALIBRATION_IMAGES]]
     parts = (calibration, [] if max_drop is None else held_out)
-    images, held = ([images_of(b).numpy() for b in fitting(read(loader, chosen, 1))] for chosen in parts)
+    images, held = ([images_of(b).numpy() for b in fitted(read(loader, chosen, 1), size)] for chosen in parts)
     exact = ov.Core().read_model(source)
     model = quantize(exact, images, held, max_drop)
     if post_processor is not None:
         post_processor = copy.deepcopy(post_processor)
         validation = datamodule.val_dataloader() if hasattr(datamodule, "val_data") else []
-        set_thresholds(post_processor, model, exact, fitting(read(loader, held_out, 1)), fitting(validation))
+        batches = (fitted(read(loader, held_out, 1), size), fitted(validation, size))
+        set_thresholds(post_processor, model, exact, *batches)
         model = post_process(model, post_processor)
     target.parent.mkdir(parents=True, exist_ok=True)
     ov.save_model(model, target, compress_to_fp16=False)
+
+
+def fitted(batches: Iterable[Batch], size: tuple[int, int] | None) -> Iterator[Batch]:
+    """Resize the images of batches (B, 3, H, W) to a height and width, as training does; not at all for ``None``."""
+    for batch in batches:
+        yield batch.update(image=resize(batch.image, list(size), antialias=True) if size else batch.image)
 
 
 def places_of(dataset: Any, record: DataRecord | None) -> tuple[list[int], list[int]]:
@@ -113,8 +116,8 @@ def places_of(dataset: Any, record: DataRecord | None) -> tuple[list[int], list[
     held_out = [place for place, digest in enumerate(digests) if digest in record.held_out_digests]
     if not trained or (record.held_out and not held_out):
         msg = (
-            f"of the data's {len(digests)} good images {len(trained)} trained this model and {len(held_out)} were held out, "
-            f"of {len(record.trained_digests)} and {len(record.held_out)}: name its training data with --data."
+            f"of the data's {len(digests)} good images {len(trained)} trained this model and {len(held_out)} were held "
+            f"out, of {len(record.trained_digests)} and {len(record.held_out)}: name its training data with --data."
         )
         raise STPMError(msg)
     missing = len(record.trained_digests) - len({digests[place] for place in trained})
@@ -244,36 +247,37 @@ def set_thresholds(
         held_out: Batches of good images (B, 3, H, W) in [0, 1] that trained nothing.
         validation: Batches of the validation set, likewise, with labels, and masks where there are any.
     """
-    threshold = post_processor.image_threshold.clone()
+    threshold, before = post_processor.image_threshold.clone(), getattr(post_processor, "basis", VALIDATION)
     rounded, reference = (ov.compile_model(one, "CPU", FLOAT32) for one in (model, exact))
     scores, float_scores = [torch.empty(0)], [torch.empty(0)]
 
-    def scored(batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            made = rounded(images_of(batch).numpy())
-            score, anomaly_map = (torch.from_numpy(made[name].copy()) for name in ("pred_score", "anomaly_map"))
-            if batch.gt_mask is not None:
-                size = list(anomaly_map.shape[-2:])
-                batch.update(gt_mask=resize(Mask(batch.gt_mask), size, InterpolationMode.NEAREST))
-            yield batch.update(pred_score=score.reshape(-1), anomaly_map=anomaly_map)
-
-    def compared(batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
+    def compared() -> Iterator[Batch]:
+        for batch in validation:
             float_scores.append(torch.from_numpy(reference(images_of(batch).numpy())["pred_score"].copy()).reshape(-1))
-            for made in scored([batch]):
+            for made in scored(rounded, [batch]):
                 scores.append(cast("Tensor", made.pred_score))
                 yield made
 
-    before = getattr(post_processor, "basis", VALIDATION)
-    calibrate(post_processor, of_held_out(scored(held_out)), compared(validation))
+    calibrate(post_processor, of_held_out(scored(rounded, held_out)), compared())
     if not isinstance(post_processor, STPMPostProcessor):
         return
     if post_processor.basis != before:
         rank_zero_warn(
             f"STPM: the float model's thresholds come from the {before}, INT8's from the {post_processor.basis}."
         )
-    if post_processor.basis == VALIDATION and len(torch.cat(scores)) and not threshold.isnan():
+    if post_processor.basis == VALIDATION and len(scores) > 1 and not threshold.isnan():
         post_processor.set_image_threshold(same_labels(torch.cat(float_scores), threshold, torch.cat(scores)))
+
+
+def scored(model: ov.CompiledModel, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Add a model's raw image scores (B,) and maps (B, 1, H, W) to batches, whose masks are resized to the maps."""
+    for batch in batches:
+        made = model(images_of(batch).numpy())
+        score, anomaly_map = (torch.from_numpy(made[name].copy()) for name in ("pred_score", "anomaly_map"))
+        if batch.gt_mask is not None:
+            size = list(anomaly_map.shape[-2:])
+            batch.update(gt_mask=resize(Mask(batch.gt_mask), size, InterpolationMode.NEAREST))
+        yield batch.update(pred_score=score.reshape(-1), anomaly_map=anomaly_map)
 
 
 def same_labels(float_scores: Tensor, threshold: Tensor, scores: Tensor) -> Tensor:

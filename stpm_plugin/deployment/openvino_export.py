@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -106,12 +107,26 @@ def export(
         msg = "INT8 is calibrated on normal training images: name them with --data (datamodule=...)."
         raise STPMError(msg)
     drop = max_drop if compression_type == CompressionType.INT8_ACQ else None
+    return _export_rounded(
+        module, functools.partial(plain, **arguments), Path(export_root), input_size, datamodule, drop
+    )
+
+
+def _export_rounded(
+    module: STPM,
+    plain: Callable[..., Path],
+    root: Path,
+    size: tuple[int, int] | None,
+    datamodule: AnomalibDataModule,
+    drop: float | None,
+) -> Path:
+    """Export without the post-processor, round that, and append the post-processor with thresholds of its own."""
     post_processor, module.post_processor = module.post_processor, None
     try:
         with tempfile.TemporaryDirectory() as folder:
-            raw = plain(folder, **arguments)
-            target = Path(export_root) / raw.relative_to(folder)
-            size = input_size or module.network_size
+            raw = plain(folder)
+            target = root / raw.relative_to(folder)
+            size = size or module.network_size
             export_int8(raw, target, datamodule, module.data_record, size, post_processor, drop)
     finally:
         module.post_processor = post_processor
