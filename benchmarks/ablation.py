@@ -28,7 +28,7 @@ from torchvision.transforms.v2.functional import gaussian_blur, normalize, resiz
 
 from benchmarks.environment import environment
 from stpm_plugin.model.features import FeaturePyramid
-from stpm_plugin.model.matching import MIN_RELATIVE_DISTANCE, distance, image_score, matching_loss
+from stpm_plugin.model.matching import MIN_RELATIVE_DISTANCE, distances, image_score, matching_loss
 from stpm_plugin.model.network import STPMModel
 from stpm_plugin.model.pre_processing import IMAGENET_MEAN, IMAGENET_STD
 from stpm_plugin.model.teacher_weights import load_teacher
@@ -180,7 +180,7 @@ def corrupt(images: Tensor, share: float) -> Tensor:
 def levels(model: STPMModel, images: Iterator[Tensor], size: int) -> Levels:
     """Return each level's distances (N, 1, H_l, W_l)."""
     found = [
-        [distance(t, s)[:, None] for t, s in zip(model.teach(x), model.student(x), strict=True)]
+        [level[:, None] for level in distances(model.teach(x), model.study(x))]
         for x in (image(one, size) for one in images)
     ]
     return [torch.cat(level) for level in zip(*found, strict=True)]

@@ -43,9 +43,8 @@ from benchmarks.environment import environment
 from benchmarks.training_speed import train
 from stpm_plugin import STPM
 from stpm_plugin.model.features import FeaturePyramid
-from stpm_plugin.model.matching import distance
+from stpm_plugin.model.matching import distances
 from stpm_plugin.model.teacher_weights import BUILTIN, BUILTIN_FILE
-from stpm_plugin.training.data import split
 
 RESULTS = Path(__file__).parent / "results"
 QUESTIONS = ("match", "scales", "teachers", "fewshot", "throughput")
@@ -109,9 +108,10 @@ class Distances(Callback):
     def look(self, trainer: Trainer, pl_module: LightningModule, passes: int) -> None:
         """Count distances by group and level; the last is the paper's map, the geometric mean of the levels."""
         data, model = trainer.datamodule, pl_module.model
-        parts = split(len(data.train_data), pl_module.holdout, pl_module.seed)
+        held = pl_module.data_record.held_out
+        trained = sorted(set(range(len(data.train_data))) - set(held))
         test = range(len(data.test_data))
-        wanted = [(data.train_data, parts.train), (data.train_data, parts.holdout), (data.test_data, test)]
+        wanted = [(data.train_data, trained), (data.train_data, held), (data.test_data, test)]
         model.eval()
         counts = torch.zeros(len(GROUPS), len(pl_module.model.teacher.layers) + 1, len(EDGES) - 1)
         for group, (images, places) in enumerate(wanted):
@@ -120,8 +120,8 @@ class Distances(Callback):
                 x = pl_module.pre_processor.transform(item.image[None].to(pl_module.device))
                 maps = torch.cat(
                     [
-                        F.interpolate(distance(t, s)[None], x.shape[-2:], mode="bilinear")
-                        for t, s in zip(model.teach(x), model.student(x), strict=True)
+                        F.interpolate(level[None], x.shape[-2:], mode="bilinear")
+                        for level in distances(model.teach(x), model.study(x))
                     ]
                 )[:, 0].cpu()
                 maps = torch.cat([maps, maps.clamp(min=1e-12).log().mean(0, keepdim=True).exp()])

@@ -97,7 +97,7 @@ class Clock(Callback):
         if stage == "fit":
             self.row["fit_seconds"] = round(time.perf_counter() - self.begin, 2)
             self.row["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-            self.row["chosen"] = getattr(pl_module, "_chosen", [None])[0]
+            self.row["chosen"] = getattr(getattr(getattr(pl_module, "selection", None), "chosen", None), "epoch", None)
         elif stage == "test":
             self.row["milliseconds_an_image"] = round(1000 * self.test_seconds / self.images, 1)
             self.row["metrics"] = {name: round(float(value), 4) for name, value in trainer.callback_metrics.items()}

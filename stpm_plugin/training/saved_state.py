@@ -81,7 +81,8 @@ def restore(module: STPM, state: Mapping[str, Any], stated: Mapping[str, Any]) -
 
 def stated_arguments(module: STPM, components: Iterable[str]) -> dict[str, Any]:
     """The constructor's arguments that differ from its defaults, and the components that were given as objects."""
-    defaults = {name: one.default for name, one in inspect.signature(type(module).__init__).parameters.items()}
+    signatures = [inspect.signature(one.__init__) for one in reversed(type(module).__mro__)]  # a subclass's last
+    defaults = {name: one.default for signature in signatures for name, one in signature.parameters.items()}
     stated = {name: value for name, value in module.hparams.items() if not _same(name, value, defaults.get(name))}
     return stated | dict.fromkeys(components)
 
