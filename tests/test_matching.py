@@ -2,7 +2,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stpm_plugin.model.matching import anomaly_map, distance, image_score, level_means, matching_loss, normalize
+from stpm_plugin.model.matching import (
+    anomaly_map,
+    distance,
+    distances,
+    image_score,
+    level_means,
+    matching_loss,
+    normalize,
+)
 
 
 def column(*values: float) -> torch.Tensor:
@@ -67,8 +75,8 @@ def test_gradient_reaches_the_student_alone():
 
 def test_one_level_is_its_distance_and_two_are_their_geometric_mean():
     teacher, student = normalize(column(1.0, 0.0)), column(0.6, 0.8)
-    one = anomaly_map([teacher], [student], (1, 1))
-    two = anomaly_map([teacher, normalize(column(1.0, 0.0))], [student, column(-1.0, 0.0)], (1, 1))
+    one = anomaly_map(distances([teacher], [student]), (1, 1))
+    two = anomaly_map(distances([teacher, normalize(column(1.0, 0.0))], [student, column(-1.0, 0.0)]), (1, 1))
     assert one.item() == pytest.approx(0.4, abs=1e-6)
     assert two.item() == pytest.approx((0.4 * 2.0) ** 0.5, abs=1e-6)
 
@@ -76,21 +84,25 @@ def test_one_level_is_its_distance_and_two_are_their_geometric_mean():
 def test_a_power_mean_of_levels_over_their_normal_distances():
     teacher, student = [normalize(column(1.0, 0.0))] * 2, [column(0.6, 0.8), column(-1.0, 0.0)]
     scales = torch.tensor([0.1, 0.5])  # distances 0.4 and 2: four times the normal one both
-    assert anomaly_map(teacher, student, (1, 1), -0.5, scales).item() == pytest.approx(4 * 0.05**0.5, abs=1e-6)
+    assert anomaly_map(distances(teacher, student), (1, 1), -0.5, scales).item() == pytest.approx(
+        4 * 0.05**0.5, abs=1e-6
+    )
     scales = torch.tensor([0.1, 0.125])  # four and sixteen times: ((1/2 + 1/4) / 2) ** -2 = 64/9, where the root is 8
-    assert anomaly_map(teacher, student, (1, 1), -0.5, scales).item() == pytest.approx(64 / 9 * 0.0125**0.5, abs=1e-6)
-    assert anomaly_map(teacher, student, (1, 1), -1e-4, scales).item() == pytest.approx(0.8**0.5, abs=1e-3)
+    assert anomaly_map(distances(teacher, student), (1, 1), -0.5, scales).item() == pytest.approx(
+        64 / 9 * 0.0125**0.5, abs=1e-6
+    )
+    assert anomaly_map(distances(teacher, student), (1, 1), -1e-4, scales).item() == pytest.approx(0.8**0.5, abs=1e-3)
     # the first of two weighs half: 1.5 / (0.5 / 4 + 1 / 16) = 8, times the weighted geometric mean of the scales
-    weighted = anomaly_map(teacher, student, (1, 1), -1.0, scales, finest_weight=0.5)
+    weighted = anomaly_map(distances(teacher, student), (1, 1), -1.0, scales, finest_weight=0.5)
     assert weighted.item() == pytest.approx(8 * 0.1 ** (1 / 3) * 0.125 ** (2 / 3), abs=1e-6)
-    plain = anomaly_map(teacher, student, (1, 1), finest_weight=0.5)
+    plain = anomaly_map(distances(teacher, student), (1, 1), finest_weight=0.5)
     assert plain.item() == pytest.approx(0.4 ** (1 / 3) * 2 ** (2 / 3), abs=1e-6)
-    assert level_means(teacher, student).tolist() == pytest.approx([0.4, 2.0], abs=1e-6)
+    assert level_means(distances(teacher, student)).tolist() == pytest.approx([0.4, 2.0], abs=1e-6)
 
 
 def test_equal_features_have_a_small_and_finite_map():
     teacher = [normalize(torch.ones(1, 4, 2, 2))] * 2
-    found = anomaly_map(teacher, teacher, (4, 4), -0.5, torch.tensor([0.1, 0.1]))
+    found = anomaly_map(distances(teacher, teacher), (4, 4), -0.5, torch.tensor([0.1, 0.1]))
     torch.testing.assert_close(found, torch.full((1, 1, 4, 4), 0.001))  # a hundredth of the normal distance
 
 
@@ -98,7 +110,7 @@ def test_a_two_by_two_map_upsampled():
     teacher = normalize(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).repeat(1, 1, 2, 2))
     student = teacher.clone()
     student[0, :, 0, 0] = torch.tensor([-1.0, 0.0])  # distance 2 in the upper left corner, 0 elsewhere
-    got = anomaly_map([teacher], [student], (4, 4))[0, 0]
+    got = anomaly_map(distances([teacher], [student]), (4, 4))[0, 0]
     edge = torch.tensor([1.0, 0.75, 0.25, 0.0])  # weights of bilinear upsampling by 2, align_corners=False
     torch.testing.assert_close(got, 2 * edge[:, None] * edge[None, :])
 
@@ -107,7 +119,7 @@ def test_powers_are_upsampled_squared():
     """Halfway between distances of the normal one and of twice that: the root of the mean of 1 and 1/4, inverted."""
     teacher = normalize(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).repeat(1, 1, 1, 2))
     student = torch.tensor([[[[0.8, 0.6]], [[0.6, 0.8]]]])  # distances 0.2 and 0.4
-    got = anomaly_map([teacher], [student], (1, 4), -1.0, torch.tensor([0.2]))[0, 0, 0]
+    got = anomaly_map(distances([teacher], [student]), (1, 4), -1.0, torch.tensor([0.2]))[0, 0, 0]
     near, far = 0.75 + 0.25 / 4, 0.25 + 0.75 / 4  # of bilinear upsampling by 2, align_corners=False
     torch.testing.assert_close(got, 0.2 / torch.tensor([1.0, near, far, 0.25]).sqrt())
 
@@ -116,4 +128,4 @@ def test_geometric_mean_keeps_the_products_order():
     teacher = [normalize(torch.randn(1, 4, 8, 8)) for _ in range(3)]
     student = [torch.randn(1, 4, 8, 8) for _ in range(3)]
     product = torch.stack([distance(t, s) for t, s in zip(teacher, student, strict=True)]).prod(dim=0).flatten()
-    assert torch.equal(product.argsort(), anomaly_map(teacher, student, (8, 8)).flatten().argsort())
+    assert torch.equal(product.argsort(), anomaly_map(distances(teacher, student), (8, 8)).flatten().argsort())
