@@ -66,8 +66,8 @@ def export_int8(
     trained, held_out = places_of(loader.dataset, record)
     if not held_out and (max_drop is not None or getattr(post_processor, "normal_quantile", None) is not None):
         msg = (
-            "INT8_ACQ and normal_quantile need images that were held out from training, and this model has none: train "
-            "it with holdout above 0, or use INT8_PTQ with a validation set."
+            "INT8_ACQ and normal_quantile need images that were held out from training, and this model has or knows "
+            "none: train it with holdout above 0, or use INT8_PTQ with a validation set."
         )
         raise STPMError(msg)
 

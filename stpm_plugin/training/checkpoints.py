@@ -13,7 +13,6 @@ from lightning.pytorch import Trainer
 from ..errors import STPMError
 from . import saved_state
 from .diagnostics import bad_checkpoint, require_room, size_of
-from .thresholds import STPMPostProcessor
 
 if TYPE_CHECKING:
     from .lightning_model import STPM
@@ -50,10 +49,7 @@ class Checkpointed(Base):
                 "this state dict lacks the model's settings (_extra_state): use load_from_checkpoint on its checkpoint."
             )
             raise STPMError(msg)
-        loaded = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        if isinstance(self.post_processor, STPMPostProcessor):
-            self.post_processor.follow_stated_quantile()
-        return loaded
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the chosen weights, and those under training beside them.
@@ -61,8 +57,8 @@ class Checkpointed(Base):
         Raises:
             STPMError: There is no room: Lightning would truncate the checkpoint that it writes over.
         """
+        self.selection.put_into(checkpoint, _stpm(self))  # sets thresholds, whose settings anomalib saves next
         super().on_save_checkpoint(checkpoint)
-        self.selection.put_into(checkpoint, _stpm(self))
         need = 2 * size_of(checkpoint["state_dict"])  # the student under training and its momentum take less than that
         folders = {Path(getattr(one, "dirpath", None) or ".") for one in self.trainer.checkpoint_callbacks}
         for folder in folders or {Path(self.trainer.default_root_dir)}:
@@ -94,13 +90,16 @@ class Checkpointed(Base):
         trainer = attached_trainer(_stpm(self))
         saved_state.refuse_foreign(checkpoint, trainer and trainer.ckpt_path)
         tensors = checkpoint["state_dict"]
-        state = tensors.setdefault(saved_state.KEY, saved_state.upgraded(checkpoint))
+        state = tensors[saved_state.KEY] if saved_state.KEY in tensors else saved_state.upgraded(checkpoint)
         before = self.transform
+        if tuple(self.stated.get("image_size", ())) == tuple(checkpoint["hyper_parameters"].get("image_size", ())):
+            self.stated.pop("image_size", None)  # as in training, where a pre-processor may have set another size
         saved_state.restore(_stpm(self), state, self.stated)
         super().on_load_checkpoint(checkpoint)
         own = self.state_dict()  # of metrics and a visualizer, which learn nothing and may be others
-        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "post_processor.", "_"))}
-        checkpoint["state_dict"] = {n: t for n, t in own.items() if n.startswith("evaluator.")} | kept
+        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "post_processor."))}
+        taken = (saved_state.KEY, "evaluator.")  # what was restored is settled, and said once
+        checkpoint["state_dict"] = {name: one for name, one in own.items() if name.startswith(taken)} | kept
         datamodule = getattr(trainer, "datamodule", None)
         if trainer is not None and datamodule is not None and self.transform is not before:
             datamodule.setup(trainer.state.fn)  # anomalib resizes by the transform that the model had until now

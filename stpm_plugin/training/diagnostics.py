@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .lightning_model import STPM
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+FULL_MEMORY = ("not enough memory", "allocate memory", "out of memory")  # Windows, Linux and CUDA
 LOST_PEER = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -96,7 +97,8 @@ def explanation(trainer: Trainer, exception: BaseException) -> str | None:
             f"the disk of {trainer.default_root_dir} is full in epoch {trainer.current_epoch}, and the checkpoint that "
             "was being written may be truncated: make room, or give another folder with --default_root_dir."
         )
-    if isinstance(exception, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(exception):
+    full = any(words in str(exception) for words in FULL_MEMORY)
+    if full or isinstance(exception, torch.OutOfMemoryError | MemoryError):
         return f"out of memory in epoch {trainer.current_epoch}: lower batch_size or image_size, or set cache=disk."
     if said := bad_checkpoint(trainer.ckpt_path, exception):
         return said

@@ -82,6 +82,7 @@ class NormalImages:
         self.module.ready_teacher()  # each time: a learning-rate finder restores the model between two calls
         if self._batches is None:
             self._batches = self._open()
+        self._batches.batch_size = self._batch_size  # a batch-size finder changes it between two calls
         self.module.data_record = self._record
         return self._batches
 
@@ -112,7 +113,7 @@ class NormalImages:
         return TrainingBatches(loader, self._split.train, self._batch_size, record.seed, self._cache)
 
     def _hold_out(self, before: DataRecord | None) -> DataRecord:
-        """Identify the images and hold some out: those of the checkpoint's run, where they are the same images."""
+        """Identify the images and hold some out: those of the checkpoint's run, and a share of the images it lacked."""
         module, trainer = self.module, self.module.trainer
         dataset = cast("Any", self._loader.dataset)
         found = identify(paths_of(dataset)) if trainer.is_global_zero else None
@@ -123,7 +124,7 @@ class NormalImages:
         if before and before.identified and before.held_out and before.holdout == module.holdout:
             again = [place for place, digest in enumerate(digests) if digest in before.held_out_digests]
             if len(again) == len(before.held_out):
-                held = again
+                held = sorted({*again, *(place for place in held if digests[place] not in before.trained_digests)})
         return DataRecord(names, sizes, digests, held, module.holdout, seed)
 
     def _may_keep(self) -> bool:

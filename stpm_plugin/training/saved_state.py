@@ -17,6 +17,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ..errors import STPMError
+from ..model.features import FeaturePyramid
 from ..model.network import STPMModel, check_head
 from .data_record import DataRecord
 from .thresholds import STPMPostProcessor
@@ -68,7 +69,7 @@ def restore(module: STPM, state: Mapping[str, Any], stated: Mapping[str, Any]) -
     taken = _restore_network(module, state, stated)
     if taken:
         rank_zero_info(f"STPM: from the checkpoint: {', '.join(taken)}.")
-    module.model.tiler = module.model.tiler or _tiler(state["tiler"])
+    _restore_tiler(module, state["tiler"])
     module.teacher_ready, module.trained = state["teacher_ready"], state["trained"]
     module.data_record = DataRecord(**state["data"]) if state["data"] else None
     module.hparams.update(
@@ -81,7 +82,8 @@ def restore(module: STPM, state: Mapping[str, Any], stated: Mapping[str, Any]) -
 
 def stated_arguments(module: STPM, components: Iterable[str]) -> dict[str, Any]:
     """The constructor's arguments that differ from its defaults, and the components that were given as objects."""
-    signatures = [inspect.signature(one.__init__) for one in reversed(type(module).__mro__)]  # a subclass's last
+    classes = reversed(type(module).__mro__)  # a subclass's last
+    signatures = [inspect.signature(one.__init__) for one in classes]  # type: ignore[misc]
     defaults = {name: one.default for signature in signatures for name, one in signature.parameters.items()}
     stated = {name: value for name, value in module.hparams.items() if not _same(name, value, defaults.get(name))}
     return stated | dict.fromkeys(components)
@@ -99,10 +101,17 @@ def tiler_settings(tiler: Tiler | None) -> dict[str, Any] | None:
     }
 
 
-def _tiler(settings: Mapping[str, Any] | None) -> Tiler | None:
-    if settings is None:
-        return None
-    return Tiler(**{**settings, "mode": ImageUpscaleMode(settings["mode"])})
+def _restore_tiler(module: STPM, saved: Mapping[str, Any] | None) -> None:
+    """Set the saved tiler, unless a callback has set the same one."""
+    own = tiler_settings(module.model.tiler)
+    if own is not None and own != saved:
+        msg = (
+            f"TilerConfigurationCallback sets the tiler {own}, and the checkpoint's model was trained with {saved}: "
+            "leave the callback out, since the checkpoint brings its own."
+        )
+        raise STPMError(msg)
+    if own is None and saved is not None:
+        module.model.tiler = Tiler(**{**saved, "mode": ImageUpscaleMode(saved["mode"])})
 
 
 def _config(component: Any) -> dict[str, Any] | None:
@@ -115,27 +124,33 @@ def _config(component: Any) -> dict[str, Any] | None:
 
 def _refuse_another_architecture(module: STPM, state: Mapping[str, Any], stated: Mapping[str, Any]) -> None:
     for name in ARCHITECTURE:
-        own = list(module.model.teacher.layers) if name == "layers" else stated.get(name)
-        if name in stated and not _same(name, own, state[name]):
-            msg = f"{name}={stated[name]} was stated, and the checkpoint has {name}={state[name]}: leave {name} out."
-            raise STPMError(msg)
+        if name not in stated or _same(name, stated[name], state[name]):
+            continue
+        if name == "layers" and FeaturePyramid(state["backbone"], stated[name]).layers == list(state[name]):
+            continue  # by their indices
+        msg = f"{name}={stated[name]} was stated, and the checkpoint has {name}={state[name]}: leave {name} out."
+        raise STPMError(msg)
 
 
 def _restore_pre_processor(module: STPM, saved: Mapping[str, Any] | None, stated: Mapping[str, Any]) -> None:
-    own, before = module.pre_processor, _config(module.pre_processor)
-    wanted = saved["config"] if saved else {"transform": None}
-    name = next((name for name in ("pre_processor", "image_size") if name in stated), None)
-    if name is not None and (before or {"config": {"transform": None}})["config"] != wanted:
+    own = cast("Any", module.pre_processor)
+    without = {"transform": None}
+    wanted = saved["config"] if saved else without
+    changed = (own.checkpoint_config() if own is not None else without) != wanted
+    if changed and "pre_processor" in stated:
         msg = (
-            f"{name} was stated ({'another transform' if name == 'pre_processor' else stated[name]}), and the "
-            f"checkpoint's model was trained on images that were prepared another way: leave {name} out."
+            "pre_processor was stated, and the checkpoint's model was trained on images that were prepared another "
+            "way: leave pre_processor out."
         )
         raise STPMError(msg)
-    if own is not None and before and before["config"] != wanted:
-        cast("Any", own).load_checkpoint_config(wanted)
-    elif own is None and saved and wanted.get("transform") is not None:
+    if changed and own is not None:
+        own.load_checkpoint_config(wanted)
+    size = stated.get("image_size")
+    if size is not None and "pre_processor" not in stated and tuple(size) != module.network_size:
+        trained_on = "{} x {} pixels".format(*module.network_size) if module.network_size else "their own size"
         msg = (
-            "pre_processor=False was stated, and the checkpoint's model was trained with a pre-processor: leave it out."
+            f"image_size={tuple(size)} was stated, and the checkpoint's model was trained on images of {trained_on}: "
+            "leave image_size out."
         )
         raise STPMError(msg)
 
@@ -156,6 +171,15 @@ def _restore_post_processor(module: STPM, saved: Mapping[str, Any] | None) -> No
         )
         raise STPMError(msg)
     own.load_checkpoint_config(saved["config"])
+    if not isinstance(own, STPMPostProcessor):
+        return
+    for said in own.overruled(saved["config"]):
+        rank_zero_info(f"STPM: {said}.")
+        if said.startswith("normal_quantile") and not own.held_out_scores:
+            rank_zero_warn(
+                "STPM: this checkpoint holds no held-out scores to set thresholds from, so the stated normal_quantile "
+                "changes none: train the model anew."
+            )
 
 
 def _restore_network(module: STPM, state: Mapping[str, Any], stated: Mapping[str, Any]) -> list[str]:

@@ -115,11 +115,12 @@ class WeightSelection(Callback):
     ) -> None:
         """Consider the weights once the epoch's batches are done, before anything validates or saves them."""
         del outputs, batch
-        if batch_idx + 1 == trainer.num_training_batches:
+        ends_early = trainer.fit_loop.epoch_loop.done  # by max_steps or should_stop
+        if ends_early or batch_idx + 1 == trainer.num_training_batches:
             self._consider(cast("STPM", pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Consider them where the epoch was cut short, and complete what the last epoch has chosen."""
+        """Consider them where the epoch was cut short, and complete the choice where it is due."""
         self._consider(cast("STPM", pl_module))
         self.complete(cast("STPM", pl_module))
 
@@ -167,9 +168,14 @@ class WeightSelection(Callback):
             module.post_processor.set_from_normal_images(*gathered(module, of_held_out(scored), self._run_images.held))
 
     def complete(self, module: STPM) -> None:
-        """In the last epoch, set thresholds of the chosen weights in full precision, and from the validation set."""
+        """In the last epoch, set thresholds of the chosen weights in full precision, and from the validation set.
+
+        Without held-out images, whose scores serve until then, in each epoch: a checkpoint of it would have none.
+        """
         chosen, images = self.chosen, self.images
-        if chosen is None or images is None or self._calibrated is chosen or not is_last_pass(module.trainer):
+        if chosen is None or images is None or self._calibrated is chosen:
+            return
+        if module.holdout and not is_last_pass(module.trainer):
             return
         self._use_chosen(module)
         if not module.holdout:

@@ -9,7 +9,6 @@ import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 
@@ -108,6 +107,7 @@ class STPMPostProcessor(PostProcessor):
         self.register_buffer("image_limit", torch.tensor(torch.nan))  # NaN leaves the threshold to anomalib
         self.register_buffer("pixel_limit", torch.tensor(torch.nan))
         self.register_load_state_dict_pre_hook(_without_limits)
+        self.register_load_state_dict_post_hook(_with_stated_quantile)
 
     # What is saved
 
@@ -119,15 +119,15 @@ class STPMPostProcessor(PostProcessor):
         """Restore what :meth:`checkpoint_config` saved; what the constructor was given explicitly wins."""
         super().load_checkpoint_config({**config, **self.stated})
         if "basis" not in config:  # of version 0.1.0, which normalised by the quantile alone
-            self.basis = VALIDATION if self.normal_quantile is None else HELD_OUT
-        for name, value in self.stated.items():
-            if config.get(name, value) != value:
-                rank_zero_info(f"STPM: {name}={value} as stated, instead of the checkpoint's {config[name]}.")
+            self.basis = VALIDATION if config.get("normal_quantile") is None else HELD_OUT
 
-    def follow_stated_quantile(self) -> None:
-        """Set the thresholds anew from the saved held-out scores, if another quantile was stated than they have."""
-        if "normal_quantile" in self.stated and self.held_out_scores:
-            self.set_from_normal_images(torch.tensor(self.held_out_scores), torch.tensor(self.held_out_maxima))
+    def overruled(self, config: dict[str, Any]) -> list[str]:
+        """Say which settings of a checkpoint what was stated overrules, one sentence each."""
+        return [
+            f"{name}={value} as stated, instead of the checkpoint's {config[name]}"
+            for name, value in self.stated.items()
+            if config.get(name, value) != value
+        ]
 
     # How thresholds are set
 
@@ -291,6 +291,13 @@ def check_shares(asked: dict[str, Any]) -> None:
         if not inside:
             msg = f"{name}={value} must lie between 0 and 1, such as {0.995 if 'quantile' in name else 0.5}."
             raise STPMError(msg)
+
+
+def _with_stated_quantile(module: STPMPostProcessor, *args: Any) -> None:
+    """Set loaded thresholds anew from the saved held-out scores, if a quantile was stated."""
+    del args
+    if "normal_quantile" in module.stated and module.held_out_scores:
+        module.set_from_normal_images(torch.tensor(module.held_out_scores), torch.tensor(module.held_out_maxima))
 
 
 def _without_limits(module: STPMPostProcessor, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
