@@ -1,3 +1,4 @@
+from dataclasses import replace
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -129,7 +130,7 @@ def test_int8_rounds_the_backbones_alone_and_sets_thresholds_anew(trained, demo,
     model = STPM.load_from_checkpoint(checkpoint)
     if quantile:
         model.post_processor = STPMPostProcessor(normal_quantile=quantile)
-        model.post_processor.calibrate(torch.full((4,), 1e-3))  # a threshold that is far off
+        model.post_processor.set_from_normal_images(*torch.full((2, 4), 1e-3))  # thresholds that are far off
     else:
         model.post_processor.enable_normalization = False  # it cuts scores off at 1
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
@@ -205,7 +206,7 @@ def test_int8_with_control_goes_back_to_float_until_held_out_maps_agree(demo, tm
         rounded.append(sum(n.get_type_name() == "FakeQuantize" for n in ov.Core().read_model(path).get_ordered_ops()))
     assert rounded[0] >= 8
     assert rounded[1] <= 2
-    model.holdout = 0
+    model.data_record = replace(model.data_record, held_out=[])
     with pytest.raises(STPMError, match="use INT8_PTQ"):
         model.to_openvino(tmp_path, compression_type=CompressionType.INT8_ACQ, datamodule=demo)
 
