@@ -64,9 +64,11 @@ def restore(module: STPM, state: Mapping[str, Any], stated: Mapping[str, Any]) -
         msg = f"the checkpoint's format {state['format']} is newer than this package's ({FORMAT}): upgrade stpm_plugin."
         raise STPMError(msg)
     _refuse_another_architecture(module, state, stated)
+    size = module.network_size
     _restore_pre_processor(module, state["pre_processor"], stated)
+    taken = [] if module.network_size == size else [f"image_size={module.network_size}"]
     _restore_post_processor(module, state["post_processor"])
-    taken = _restore_network(module, state, stated)
+    taken += _restore_network(module, state, stated)
     if taken:
         rank_zero_info(f"STPM: from the checkpoint: {', '.join(taken)}.")
     _restore_tiler(module, state["tiler"])
@@ -75,9 +77,8 @@ def restore(module: STPM, state: Mapping[str, Any], stated: Mapping[str, Any]) -
     module.hparams.update(
         {name: state[name] for name in ARCHITECTURE} | {name: getattr(module.model, name) for name in HEAD}
     )
-    size = module.network_size
-    if size is not None:
-        module.hparams["image_size"] = size
+    if module.network_size is not None:
+        module.hparams["image_size"] = module.network_size
 
 
 def stated_arguments(module: STPM, components: Iterable[str]) -> dict[str, Any]:
