@@ -19,7 +19,7 @@ from scipy import stats
 
 CONFIDENCE = 0.9  # of intervals: both ends are one-sided 95 % bounds
 TINY = 1e-12  # scores of 0 have no logarithm
-ONE_IMAGE_FACTOR = 2.0  # a single score says nothing of the spread; twice the score is 3 to 8 deviations on real parts
+ONE_IMAGE_FACTOR = 2.0  # one score says nothing of the spread; on six categories this is 3.7 to 7 deviations
 
 
 class Limit(NamedTuple):
