@@ -114,7 +114,7 @@ def test_an_image_that_training_reads_otherwise_is_refused(tmp_path, name):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
 def test_a_full_disk_is_named(exported, numbered_images, capsys):
     assert score.main([str(exported), str(numbered_images), "--csv", "/dev/full"]) == 1
-    assert "/dev/full: No space left on device; once that is mended" in capsys.readouterr().err
+    assert "/dev/full: No space left on device; fix this, then run" in capsys.readouterr().err
 
 
 def test_a_heat_map_that_is_not_written_is_said(exported, numbered_images, tmp_path, monkeypatch, capsys):

@@ -150,7 +150,5 @@ def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int
         draw_training(kept["scores"], kept["epoch"]).savefig(out / "training.png", dpi=110)
     for path in broken:
         print(f"{path} {UNREADABLE}.", file=sys.stderr)
-    print(
-        f"{len(seen)} pictures of images lie in {out}, and scores.png and training.png where there is something to draw"
-    )
+    print(f"wrote {len(seen)} panels to {out}, and scores.png and training.png where there was something to draw")
     return 2 if broken else 0

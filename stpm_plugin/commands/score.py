@@ -44,14 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(options)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on with {options.csv}.", file=sys.stderr)
+        print(f"\nstopped; run the command again to resume {options.csv}.", file=sys.stderr)
         return 130
     except STPMError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except OSError as error:  # an error without a file name is the open CSV's
         place = error.filename or options.csv
-        print(f"\n{place}: {error.strerror or error}; once that is mended, the same command goes on.", file=sys.stderr)
+        print(f"\n{place}: {error.strerror or error}; fix this, then run the command again to resume.", file=sys.stderr)
         return 1
 
 
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             progress.step()
     progress.end()
     for path in broken:
-        print(f"{path} {UNREADABLE}; it has no row until then.", file=sys.stderr)
+        print(f"{path} {UNREADABLE}; no row was written.", file=sys.stderr)
     return 2 if broken else 0
 
 

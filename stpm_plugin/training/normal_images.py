@@ -172,7 +172,7 @@ class NormalImages:
         return self.module.transform(images) if self.module.transform else images
 
     def _read(self, places: Sequence[int], start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Yield images and unit vectors at places in the data set, which lie in the cache from ``start`` on."""
+        """Yield images and unit vectors at places in the data set, kept in the cache from ``start`` on."""
         if self._cache is None:
             for batch in read(self._loader, places, self._batch_size):
                 images = self._prepared(images_of(batch))
