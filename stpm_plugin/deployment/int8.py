@@ -20,6 +20,7 @@ from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from torchvision.tv_tensors import Mask
@@ -56,21 +57,12 @@ def export_int8(
         max_drop: As in :func:`quantize`.
 
     Raises:
-        STPMError: The data are not those of the model, a training image is anomalous or cannot be read, or no image was
-            held out where one is needed.
+        STPMError: The data are not the model's, an image is anomalous or cannot be read, or none was held out.
     """
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-    loader = datamodule.train_dataloader()
-    check_normal(loader.dataset)
+    loader = normal_images(datamodule)
     trained, held_out = places_of(loader.dataset, record)
-    if not held_out and (max_drop is not None or getattr(post_processor, "normal_quantile", None) is not None):
-        msg = (
-            "INT8_ACQ and normal_quantile need images that were held out from training, and this model has or knows "
-            "none: train it with holdout above 0, or use INT8_PTQ with a validation set."
-        )
-        raise STPMError(msg)
-
+    if max_drop is not None or getattr(post_processor, "normal_quantile", None) is not None:
+        require_held_out(held_out)
     order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(record.seed if record else 0)).tolist()
     calibration = [trained[index] for index in order[:CALIBRATION_IMAGES]]
     parts = (calibration, [] if max_drop is None else held_out)
@@ -85,6 +77,33 @@ def export_int8(
         model = post_process(model, post_processor)
     target.parent.mkdir(parents=True, exist_ok=True)
     ov.save_model(model, target, compress_to_fp16=False)
+
+
+def normal_images(datamodule: AnomalibDataModule) -> DataLoader:
+    """The loader of a datamodule's training images.
+
+    Raises:
+        STPMError: One of them is labelled anomalous.
+    """
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    loader = datamodule.train_dataloader()
+    check_normal(loader.dataset)
+    return cast("DataLoader", loader)
+
+
+def require_held_out(places: Sequence[int]) -> None:
+    """Refuse to go on without held-out images.
+
+    Raises:
+        STPMError: There are none.
+    """
+    if not places:
+        msg = (
+            "INT8_ACQ and normal_quantile need images that were held out from training, and this model has or knows "
+            "none: train it with holdout above 0, or use INT8_PTQ with a validation set."
+        )
+        raise STPMError(msg)
 
 
 def fitted(batches: Iterable[Batch], size: tuple[int, int] | None) -> Iterator[Batch]:

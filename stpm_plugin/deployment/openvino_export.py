@@ -64,11 +64,8 @@ def export(
     module: STPM,
     plain: Callable[..., Path],
     export_root: Path | str,
-    model_file_name: str = "model",
-    input_size: tuple[int, int] | None = None,
     compression_type: CompressionType | None = None,
     datamodule: AnomalibDataModule | None = None,
-    metric: Any = None,
     max_drop: float = 0.01,
     **arguments: Any,
 ) -> Path:
@@ -78,26 +75,20 @@ def export(
         module: A trained model.
         plain: anomalib's own export of it.
         export_root: Folder; the model lies below it, where anomalib puts it.
-        model_file_name: Its name, without ``.xml``.
-        input_size: Height and width of the images, pixels; ``None`` for any.
-        compression_type: ``INT8_PTQ`` and ``INT8_ACQ`` are :func:`stpm_plugin.deployment.int8.quantize`'s, the rest
-            anomalib's.
+        compression_type: ``INT8_PTQ`` and ``INT8_ACQ`` are :mod:`stpm_plugin.deployment.int8`'s, the rest anomalib's.
         datamodule: For INT8: the data that trained the model. Images that trained it calibrate; its validation set or
             the held-out images set the thresholds.
-        metric: Not used: anomalib's would read test labels.
         max_drop: For ``INT8_ACQ``: how far the correlation of the logarithms of rounded and float anomaly maps, on
             held-out normal images, may fall below 1.
-        **arguments: As in anomalib.
+        **arguments: As in anomalib; its ``metric``, which would read test labels, is not used.
 
     Returns:
         Path of the ``.xml`` file.
 
     Raises:
-        STPMError: No room, INT8 without a datamodule or with data of another model, or ``INT8_ACQ`` without held-out
-            images.
+        STPMError: No room, INT8 without the data of the model, or ``INT8_ACQ`` without held-out images.
     """
-    del metric
-    arguments |= {"model_file_name": model_file_name, "input_size": input_size}
+    arguments.pop("metric", None)
     require_room(Path(export_root), size_of(module.model.state_dict()), "the model", "--export_root")
     if compression_type not in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ):
         target = plain(export_root, compression_type=compression_type, datamodule=datamodule, **arguments)
@@ -107,9 +98,8 @@ def export(
         msg = "INT8 is calibrated on normal training images: name them with --data (datamodule=...)."
         raise STPMError(msg)
     drop = max_drop if compression_type == CompressionType.INT8_ACQ else None
-    return _export_rounded(
-        module, functools.partial(plain, **arguments), Path(export_root), input_size, datamodule, drop
-    )
+    size = arguments.get("input_size")
+    return _export_rounded(module, functools.partial(plain, **arguments), Path(export_root), size, datamodule, drop)
 
 
 def _export_rounded(

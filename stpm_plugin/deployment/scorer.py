@@ -57,25 +57,11 @@ class Scorer:
         precision: str | None = None,
     ) -> None:
         core, path = ov.Core(), Path(model)
-        if not path.is_file():
-            msg = f"the model {path} does not exist: give the .xml file that `anomalib export` wrote."
-            raise STPMError(msg)
         options = {"PERFORMANCE_HINT": hint.upper()} | ({"INFERENCE_PRECISION_HINT": precision} if precision else {})
-        try:
-            network = core.read_model(path)
-            names = {name: output for output in network.outputs for name in output.get_names()}
-            shape = network.input(0).partial_shape
-        except RuntimeError as error:
-            msg = f"the model {path} cannot be read ({_last_line(error)}): export it again with `anomalib export`."
-            raise STPMError(msg) from None
-        if "pred_score" not in names or len(shape) != 4:
-            msg = f"the model {path} has no output pred_score: give one that `anomalib export` wrote."
-            raise STPMError(msg)
-        if shape[0].is_static and shape[0].get_length() != batch:
-            msg = f"the model {path} takes batches of {shape[0].get_length()}: give --batch {shape[0].get_length()}."
-            raise STPMError(msg)
+        network = _read_model(core, path, batch)
+        shape = network.input(0).partial_shape
         self.batch = batch
-        self.labels = "pred_label" in names
+        self.labels = any("pred_label" in output.get_names() for output in network.outputs)
         pixels = PrePostProcessor(network)
         pixels.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
         pixels.input().tensor().set_color_format(ColorFormat.BGR)
@@ -140,6 +126,31 @@ class Scorer:
             waiting.append(image)
         if waiting:
             yield paths, np.stack(waiting)
+
+
+def _read_model(core: ov.Core, path: Path, batch: int) -> ov.Model:
+    """Read an exported model that takes requests of ``batch`` images.
+
+    Raises:
+        STPMError: The file is missing, or no such model.
+    """
+    if not path.is_file():
+        msg = f"the model {path} does not exist: give the .xml file that `anomalib export` wrote."
+        raise STPMError(msg)
+    try:
+        network = core.read_model(path)
+        names = {name for output in network.outputs for name in output.get_names()}
+        shape = network.input(0).partial_shape
+    except RuntimeError as error:
+        msg = f"the model {path} cannot be read ({_last_line(error)}): export it again with `anomalib export`."
+        raise STPMError(msg) from None
+    if "pred_score" not in names or len(shape) != 4:
+        msg = f"the model {path} has no output pred_score: give one that `anomalib export` wrote."
+        raise STPMError(msg)
+    if shape[0].is_static and shape[0].get_length() != batch:
+        msg = f"the model {path} takes batches of {shape[0].get_length()}: give --batch {shape[0].get_length()}."
+        raise STPMError(msg)
+    return network
 
 
 def _last_line(error: Exception) -> str:

@@ -84,15 +84,7 @@ def open_cache(
     place = _place(mode, directory, need, device, processes)
     if place is None:
         return None
-    peak = Counter(memory=psutil.Process().memory_info().rss)
-    peak[_kind(device)] += step
-    peak[_kind(place)] += need
-    peaks = ", ".join(f"{size / 2**30:.2f} GiB of {kind}" for kind, size in peak.items())
-    where = f"a file in {place}" if isinstance(place, Path) else _kind(place)
-    rank_zero_info(
-        f"STPM: keeping {count} images and their teacher features in {where}, {need / 2**30:.2f} GiB; "
-        f"at its peak the process will take about {peaks}."
-    )
+    _announce(count, place, need, device, step)
     try:
         return FeatureCache(count, image, teacher, place)
     except OSError as error:
@@ -102,6 +94,19 @@ def open_cache(
             f"{error.strerror}): training goes on without it, slower. Point cache_dir at a larger disk to have it."
         )
         return None
+
+
+def _announce(count: int, place: torch.device | Path, need: int, device: torch.device, step: int) -> None:
+    """Log where ``count`` images go, and what the process will take, bytes of the cache and of a training step."""
+    peak = Counter(memory=psutil.Process().memory_info().rss)
+    peak[_kind(device)] += step
+    peak[_kind(place)] += need
+    peaks = ", ".join(f"{size / 2**30:.2f} GiB of {kind}" for kind, size in peak.items())
+    where = f"a file in {place}" if isinstance(place, Path) else _kind(place)
+    rank_zero_info(
+        f"STPM: keeping {count} images and their teacher features in {where}, {need / 2**30:.2f} GiB; "
+        f"at its peak the process will take about {peaks}."
+    )
 
 
 def _place(
