@@ -243,7 +243,7 @@ def test_another_batch_size_begins_a_new_cycle(demo, tmp_path):
 
 
 def test_a_second_interruption_keeps_the_cycle(demo, tmp_path):
-    """Two epochs, gone on with to eight; killed in the sixth and resumed, the rates are those of the whole run."""
+    """Two epochs, resumed to eight, killed in the sixth and resumed again: the rates are the uninterrupted run's."""
     engine, _ = fit(demo, tmp_path / "first", 2, schedule="one-cycle")
     whole, rest, other = Seen(), Seen(), Seen()
     cycle = {"schedule": "one-cycle"}
