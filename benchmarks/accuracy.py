@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--stfpm-passes", type=int, default=100)
+    parser.add_argument("--passes", type=int, help="of every model, for a trial; by default each model's own")
     parser.add_argument("--ray", metavar="ADDRESS", help="spread the runs over a Ray cluster")
     parser.add_argument("--checkpoints", type=Path, help="folder to keep the trained models in")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what is kept")
@@ -73,7 +74,8 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     for category in args.categories:
         for seed in args.seeds:
             for model in args.models:
-                passes = {"anomalib Stfpm": args.stfpm_passes, "anomalib PaDiM": 1, "anomalib PatchCore": 1}.get(model)
+                own = {"anomalib Stfpm": args.stfpm_passes, "anomalib PaDiM": 1, "anomalib PatchCore": 1}
+                passes = args.passes or own.get(model)
                 name = f"{model}, {passes} passes" if model == "anomalib Stfpm" else model
                 yield (
                     f"{name}, {category.name}, seed {seed}",

@@ -73,6 +73,17 @@ def found(scores: np.ndarray, threshold: float) -> Limit:
     return Limit(threshold, above / count, low, high, count, exact=True)
 
 
+def in_words(alarms: Limit, quantile: float) -> str:
+    """Say what is known of a threshold's false alarms, and whether that needs more images."""
+    said = f"expected false alarms {alarms.expected:.2%} (90 % interval {alarms.low:.2%} to {alarms.high:.2%}"
+    if alarms.exact:
+        return f"{said}, by {alarms.images} held-out good images)."
+    return (
+        f"{said}). {alarms.images} held-out good images are too few for a quantile of {quantile:g}, which takes "
+        f"{images_needed(quantile)}: their scores are taken to be log-normal. Raise holdout or add images to be sure."
+    )
+
+
 def _alarms_at_rank(rank: int, count: int) -> tuple[float, float, float]:
     """Expected share of scores above the ``rank``-th lowest of ``count``, and its interval."""
     above, tail = count + 1 - rank, (1 - CONFIDENCE) / 2

@@ -8,6 +8,7 @@ import os
 # with others wait for each other in oneDNN's bfloat16 kernels, and a step takes fifty times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,12 @@ def numbered_images(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -
     for index, (height, width) in enumerate(NUMBERED):
         Image.open(drawn[2 * index]).convert("RGB").resize((width, height)).save(folder / f"frame {index + 7}.png")
     return folder
+
+
+def rows(table: Path) -> list[dict[str, str]]:
+    """The rows of a CSV of scores."""
+    with table.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def fit(

@@ -1,6 +1,5 @@
 """Scoring over a Ray cluster of two nodes on this machine."""
 
-import csv
 import os
 import signal
 import threading
@@ -8,8 +7,9 @@ import time
 
 import psutil
 import pytest
-from conftest import run
+from conftest import rows, run
 
+from stpm_plugin import STPM
 from stpm_plugin.commands import score
 
 pytest.importorskip("ray", reason="the extra `cluster` is not installed")
@@ -48,15 +48,31 @@ def test_a_lost_workers_images_are_scored_again(address, exported, numbered_imag
     (folder / "55.png").unlink()
     (folder / "55.png").write_bytes(b"no image")
     plain, spread = tmp_path / "plain.csv", tmp_path / "spread.csv"
-    assert score.main([str(exported), str(folder), "--csv", str(plain), "--precision", "f32"]) == 2
+    assert score.main([str(exported), str(folder), "--csv", str(plain)]) == 2
     killed = []
     killer = threading.Thread(target=kill_a_worker, args=(killed, spread), daemon=True)
     killer.start()
-    command = [str(exported), str(folder), "--csv", str(spread), "--precision", "f32", "--ray", address]
-    assert "55.png cannot be read" in run("-m", "stpm_plugin.score", *command, check=False)
+    command = [str(exported), str(folder), "--csv", str(spread), "--ray", address, "--json"]
+    said = run("-m", "stpm_plugin.score", *command, check=False)
+    assert "55.png cannot be read" in said
+    assert said.count('"regions": [') == 199
     assert killed
-    one, other = ([row[:3] for row in csv.reader(table.open(newline=""))] for table in (plain, spread))
-    assert [row[0] for row in one] == [row[0] for row in other]
-    assert [row[2] for row in one] == [row[2] for row in other]
-    for here, there in zip(one[1:], other[1:], strict=True):
-        assert float(here[1]) == pytest.approx(float(there[1]), rel=1e-3, abs=1e-4)
+    one, other = rows(plain), rows(spread)
+    for name in ("path", "label", "bytes", "modified", "model", "settings"):
+        assert [row[name] for row in one] == [row[name] for row in other]
+    for here, there in zip(one, other, strict=True):
+        assert float(here["score"]) == pytest.approx(float(there["score"]), rel=1e-3, abs=1e-4)
+
+
+def test_weights_beside_an_onnx_file_are_sent_along(trained, numbered_images, tmp_path):
+    import onnx
+
+    plain = STPM.load_from_checkpoint(trained[2]).to_onnx(tmp_path)
+    external = tmp_path / "external.onnx"
+    onnx.save_model(
+        onnx.load(plain), external, save_as_external_data=True, location="external.onnx.data", size_threshold=0
+    )
+    for table, ray in (("here.csv", []), ("there.csv", ["--ray", "local"])):
+        run("-m", "stpm_plugin.score", str(external), str(numbered_images), "--csv", str(tmp_path / table), *ray)
+    here, there = rows(tmp_path / "here.csv"), rows(tmp_path / "there.csv")
+    assert [(row["path"], row["score"]) for row in here] == [(row["path"], row["score"]) for row in there]

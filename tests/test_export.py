@@ -81,12 +81,12 @@ def test_openvino_agrees_through_every_door(trained, exported, fixed, numbered_i
     float32 = {"INFERENCE_PRECISION_HINT": "f32"}
     inferencer = OpenVINOInferencer(exported, config=float32)
     compiled = ov.compile_model(exported, "CPU", float32)
-    scorer = Scorer(fixed, hint="latency", precision="f32")
+    scorer = Scorer(fixed, hint="latency")
     for prediction in predictions:
         rgb = np.asarray(Image.open(prediction.image_path[0]).convert("RGB"))
         pixels = (rgb / np.float32(255)).transpose(2, 0, 1)
         three = compiled(np.stack([pixels, pixels[::-1], pixels]))
-        (resized,) = scorer.score([("", rgb[:, :, ::-1].copy())])
+        (resized,) = scorer.score_arrays([("", rgb)], "RGB")
         anomalib = inferencer.predict(prediction.image_path[0])
         scores = [anomalib.pred_score.item(), *three["pred_score"][[0, 2]], resized.score]
         labels = [anomalib.pred_label.item(), *three["pred_label"][[0, 2]]]
@@ -138,7 +138,7 @@ def test_int8_rounds_the_backbones_alone_and_sets_thresholds_anew(trained, demo,
     small = engine.export(
         model, "openvino", export_root=tmp_path / "int8", compression_type="int8_ptq", datamodule=demo
     )
-    assert small == tmp_path / "int8/weights/openvino/model.xml"
+    assert small == tmp_path / "int8/weights/openvino/model_int8_ptq.xml"
     network = ov.Core().read_model(small)
     rounded = {
         target.get_node().get_type_name()

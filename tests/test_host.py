@@ -196,7 +196,8 @@ def test_export_from_a_checkpoint(export_type, compression, commanded, demo_root
         *compressed, *control,
         "--ckpt_path", str(commanded / "weights/lightning/model.ckpt"), "--export_root", "out", cwd=tmp_path,
     )  # fmt: skip
-    name = {"torch": "model.pt", "onnx": "model.onnx", "openvino": "model.xml"}[export_type]
+    compressed_name = f"model_{compression.lower()}.xml" if compression else "model.xml"
+    name = {"torch": "model.pt", "onnx": "model.onnx", "openvino": compressed_name}[export_type]
     path = tmp_path / f"out/weights/{export_type}/{name}"
     assert path.is_file()
     if export_type == "openvino":

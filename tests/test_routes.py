@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from stpm_plugin import STPM, STPMModel, STPMPostProcessor, STPMPreProcessor
-from stpm_plugin.deployment.images import decode
 from stpm_plugin.deployment.scorer import Scorer
 
 TESTS = Path(__file__).parent
@@ -292,9 +291,11 @@ def test_onnx_runtime_and_openvino(exports):
 
 def test_scorer(exports):
     trained, weights = exports
-    scorer = Scorer(weights / "openvino/model.xml", precision="f32")
-    scored = scorer.score((str(path), decode(str(path))) for path in trained.images)
-    agree(trained, {one.path: Verdict(one.score, one.label == "anomalous") for one in scored})
+    scorer = Scorer(weights / "openvino/model.xml")
+    found = {}
+    for one in scorer.score(trained.images, maps=True):
+        found[one.path] = Verdict(one.score, one.label == "anomalous", (one.anomaly_map > scorer.pixel_limit).flatten())
+    agree(trained, found, ROUNDED)
 
 
 def test_unequal_verdicts_would_be_noticed(different):

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from stpm_plugin import STPM
 from stpm_plugin.commands import verify
@@ -18,10 +19,29 @@ def test_a_right_model_agrees_and_a_wrong_one_does_not(models, demo_root, capsys
     images = str(next(demo_root.glob("*/test")))
     assert verify.main([checkpoint, right, images]) == 0
     said = capsys.readouterr().out
-    assert "equal labels: 100.0%" in said
+    assert "f32: scores differ by " in said
+    assert "equal labels 100.0%" in said
+    assert " ms an image" in said
     assert "the two agree" in said
-    assert verify.main([checkpoint, wrong, images]) == 1
-    assert "do NOT agree" in capsys.readouterr().out
+    assert verify.main([checkpoint, wrong, images, "--precision", "f32"]) == 1
+    said = capsys.readouterr().out
+    assert "NOT safe" in said
+    assert "do NOT agree" in said
+
+
+def test_images_that_were_not_compared_are_no_success(models, demo_root, tmp_path, capsys):
+    checkpoint, right, _ = map(str, models)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    images = [str(next(demo_root.glob("*/test/good/*"))), str(tmp_path / "broken.png")]
+    assert verify.main([checkpoint, right, *images]) == 2
+    assert "broken.png cannot be read" in capsys.readouterr().err
+
+
+def test_a_score_that_is_not_a_number_disagrees(models, demo_root, tmp_path):
+    broken = STPM.load_from_checkpoint(models[0])
+    next(broken.model.student.parameters()).data[:] = torch.nan
+    path = broken.to_openvino(tmp_path)
+    assert verify.main([str(models[0]), str(path), str(next(demo_root.glob("*/test/good")))]) == 1
 
 
 def test_missing_checkpoint_is_one_sentence(models, tmp_path, capsys):

@@ -134,7 +134,7 @@ def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int
     seen: list[Seen] = []
     scores: list[float] = []
     folders: list[str] = []
-    for path, image in read_images(track(paths, "scoring"), broken.append):
+    for path, image in read_images(track(paths, "scoring"), broken.append, lambda image, _: image):
         found = look(model, path, image)
         scores.append(found.score)
         folders.append(found.path.parent.name)

@@ -1,51 +1,53 @@
-"""Score folders of images with an exported model: OpenVINO, OpenCV and NumPy, no torch and no anomalib.
+"""Score images with an exported model: OpenVINO, OpenCV and NumPy, no torch and no anomalib.
 
     python -m stpm_plugin.score model.xml FOLDER --csv scores.csv --heatmaps maps
 
-Writes one CSV row per image, in the order of the paths: path, score in [0, 1] (0.5 is the threshold), label, latency in
-milliseconds. Run again, it resumes an interrupted CSV. Images that cannot be read are skipped and named at the end; the
-exit code is then 2.
+Writes one CSV row per image, in the order of the paths: path, score in [0, 1] (0.5 is the threshold), raw score, label,
+percentage of the held-out good images with a lower score, latency in milliseconds, and what the row belongs to: size
+and time of the image, hash of the model, settings. Run again, it resumes; images that have changed are scored again.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING, Any, get_args
 
-from ..deployment.images import UNREADABLE, find_images
-from ..deployment.scorer import Scorer
+from ..deployment.drift import Drift
+from ..deployment.heatmaps import place_of
+from ..deployment.images import UNREADABLE, VIDEOS, find_images
+from ..deployment.scorer import Hint, Precision, Scored, Scorer
+from ..deployment.table import Stamp, Table, cell, stamp
+from ..deployment.watch import arrivals
 from ..deployment.worker import Worker
 from ..errors import STPMError
 
-COLUMNS = ("path", "score", "label", "latency_ms")
+if TYPE_CHECKING:
+    from ..deployment.cluster import Cluster
+
+UNREAD, ANOMALOUS, STOPPED = 2, 3, 130  # exit codes
+AGAIN = 5.0  # seconds until a watch tries again what failed
+DESCRIPTION, _, EPILOG = (__doc__ or "").partition("\n\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, 1 after an error, 2 if images were unreadable, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser("python -m stpm_plugin.score", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help=".xml or .onnx file that `anomalib export` wrote")
-    parser.add_argument("images", nargs="+", help="folders, files, or quoted patterns such as 'parts/**/*.png'")
-    parser.add_argument("--csv", type=Path, default=Path("scores.csv"), help="rows are appended (default %(default)s)")
-    parser.add_argument("--heatmaps", type=Path, help="folder for the images with their anomaly maps laid over")
-    parser.add_argument("--device", default="CPU", help="CPU, GPU, AUTO ... (default %(default)s)")
-    parser.add_argument("--hint", choices=["latency", "throughput"], default="throughput", help="(default %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="images of one size in a request (default %(default)s)")
-    parser.add_argument(
-        "--precision", choices=["f32", "bf16", "f16"], help="to compute in; by default the device's own"
-    )
-    parser.add_argument("--ray", metavar="ADDRESS", help="score over a Ray cluster: its address, `auto` or `local`")
-    options = parser.parse_args(arguments)
+    """Run the command line.
+
+    Returns:
+        0, 1 after an error, 2 if images were unreadable, 3 with ``--fail-on-anomaly`` if one is anomalous, 130 after
+        Ctrl-C.
+    """
+    options = parse(arguments)
     try:
-        return run(options)
+        return Run(options).watch() if options.watch else Run(options).score()
     except KeyboardInterrupt:
         print(f"\nstopped; run the command again to resume {options.csv}.", file=sys.stderr)
-        return 130
+        return STOPPED
     except STPMError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
@@ -55,54 +57,160 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(options: argparse.Namespace) -> int:
-    """Score the images that are not yet in the CSV; returns 0, or 2 if some were unreadable."""
-    paths = find_images(options.images)
-    root = Path(os.path.commonpath([Path(path).absolute().parent for path in paths]))
-    settings = (options.model, options.device, options.hint, options.batch, options.precision)
-    if options.ray:
-        from ..deployment.cluster import Cluster  # Ray takes a second to import, and few have it
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser("python -m stpm_plugin.score", description=DESCRIPTION)
+    parser.add_argument("model", help=".xml or .onnx file that `anomalib export` wrote")
+    parser.add_argument("images", nargs="+", help="folders, files, videos, or quoted patterns such as 'parts/**/*.png'")
+    parser.add_argument("--csv", type=Path, default=Path("scores.csv"), help="the table (default %(default)s)")
+    parser.add_argument("--restart", action="store_true", help="begin the table anew, whatever model wrote it")
+    parser.add_argument("--json", action="store_true", help="print one line per image too, with the anomalous regions")
+    parser.add_argument("--heatmaps", type=Path, help="folder for pictures with anomalous regions, score and label")
+    threshold = parser.add_mutually_exclusive_group()
+    threshold.add_argument("--threshold", type=float, help="raw score above which an image is anomalous")
+    threshold.add_argument("--sensitivity", type=float, help="in (0, 1): above 0.5 finds more (default: the model's)")
+    parser.add_argument("--ignore", help="image of the images' size whose white parts are ignored")
+    parser.add_argument(
+        "--watch", action="store_true", help="go on with what is dropped into the folders, until Ctrl-C"
+    )
+    parser.add_argument("--fail-on-anomaly", action="store_true", help="exit code 3 if an image is anomalous")
+    parser.add_argument("--device", default="CPU", help="CPU, GPU, AUTO ... (default %(default)s)")
+    parser.add_argument("--hint", choices=get_args(Hint), default="throughput", help="(default %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="images in a request (default %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="f32",
+        help="to compute in; f32 keeps the verdicts of training (default %(default)s)",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--ray", metavar="ADDRESS", help="score over a Ray cluster: its address, `auto` or `local`")
+    options = parser.parse_args(arguments)
+    if options.watch and options.ray:
+        parser.error("--watch runs on one machine: leave out --ray")
+    return options
 
-        worker: Cluster | Worker = Cluster(options.ray, settings, options.heatmaps, root)
-    else:
-        worker = Worker(Scorer(*settings), options.heatmaps, root)
-    file, have = open_csv(options.csv)
-    broken: list[str] = []
-    left = [path for path in paths if path not in have]
-    with file:
-        rows, progress = csv.writer(file), Progress(len(left))
-        for row in worker.rows(left, broken.append):
-            rows.writerow([row[0], f"{row[1]:.6g}", row[2], f"{row[3]:.2f}"])
-            file.flush()
-            progress.step()
-    progress.end()
-    for path in broken:
-        print(f"{path} {UNREADABLE}; no row was written.", file=sys.stderr)
-    return 2 if broken else 0
+
+class Run:
+    """One run of the command: a worker, a table, and what is said of them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.paths = [] if options.watch else find_images(options.images)
+        folders = options.images if options.watch else [Path(path).parent for path in self.paths]
+        self.root = Path(os.path.commonpath([Path(folder).resolve() for folder in folders]))
+        self.worker = self._worker()
+        scorer = self.worker.scorer
+        self.table = Table(options.csv, scorer.digest, scorer.settings, options.restart, self.paths, options.watch)
+        self.drift = Drift(scorer.verdict.held_out_scores if scorer.verdict else ())
+        self.stamps: dict[str, Stamp | None] = {}
+        self.broken: dict[str, None] = {}
+        self.counts = {"": 0, "normal": 0, "anomalous": 0}
+
+    def score(self) -> int:
+        """Score the images that have no row, or no heat map; returns the exit code."""
+        left = [path for path in self.paths if not self._done(path)]
+        if self.table.replaced:
+            print(f"{self.table.replaced} images have changed or are gone: their rows were dropped.", file=sys.stderr)
+        with self.table:
+            progress = Progress(len(left))
+            for scored in self.worker.rows(self._stamped(left), self._unreadable, self.table.has):
+                self._keep(scored)
+                progress.step()
+            progress.end()
+            names = set(map(cell, self.paths))
+            for row in self.table.rows.values():
+                if row[0] in names or row[0].rpartition("#")[0] in names:
+                    self.counts[row[3]] += 1
+        for path in self.broken:
+            print(f"{cell(path)} {UNREADABLE}; no row was written.", file=sys.stderr)
+        return self._end()
+
+    def watch(self) -> int:
+        """Score what is dropped into the folders, until Ctrl-C; returns the exit code."""
+        said = ""
+        print(f"watching {', '.join(self.options.images)}; Ctrl-C ends it.", file=sys.stderr)
+        with self.table:
+            try:
+                for paths in arrivals(self.options.images, self._done, self._report):
+                    try:
+                        for scored in self.worker.rows(self._stamped(paths), self._unreadable):
+                            self._keep(scored)
+                            self.counts[scored.label] += 1
+                        said = ""
+                    except (OSError, STPMError) as error:  # nothing is lost: what has no row is tried again
+                        if str(error) != said:
+                            said = str(error)
+                            print(f"{said}; trying again every {AGAIN:.0f} s.", file=sys.stderr)
+                        time.sleep(AGAIN)
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+        return self._end()
+
+    def _worker(self) -> Cluster | Worker:
+        """Load the model, here or over a cluster."""
+        names = ("model", "device", "hint", "batch", "precision", "threads", "threshold", "sensitivity", "ignore")
+        options: dict[str, Any] = {name: getattr(self.options, name) for name in names}
+        if self.options.ray:
+            from ..deployment.cluster import Cluster  # Ray takes a second to import, and few have it
+
+            return Cluster(self.options.ray, options, self.options.heatmaps, self.root, self.options.json)
+        return Worker(Scorer(**options), self.options.heatmaps, self.root, self.options.json)
+
+    def _done(self, path: str) -> bool:
+        """Whether there is nothing left to do for a file."""
+        if Path(path).suffix.lower() in VIDEOS:
+            return False  # its frames are counted while it is read
+        folder = self.options.heatmaps
+        return self.table.has(path) and (folder is None or place_of(path, folder, self.root).exists())
+
+    def _stamped(self, paths: Sequence[str]) -> Any:
+        """Note what tells each image from a later one, before it is read."""
+        for path in paths:
+            self.stamps[path] = stamp(path)
+            yield path
+
+    def _keep(self, scored: Scored) -> None:
+        """Write a verdict down, print it if asked to, and say if the scores have left the held-out ones."""
+        if not self.table.has(scored.path):
+            seen = self.stamps.get(scored.path) or self.stamps.get(scored.path.rpartition("#")[0])
+            self.table.append(scored, seen)
+        if self.options.json:
+            print(json.dumps(as_dictionary(scored)), flush=True)
+        if warning := self.drift.add(scored.raw):
+            print(f"\nwarning: {warning}", file=sys.stderr)
+
+    def _unreadable(self, path: str) -> None:
+        """Note a file that cannot be read."""
+        self.broken[path] = None
+
+    def _report(self, path: str) -> None:
+        """Say at once that a file cannot be read."""
+        self._unreadable(path)
+        print(f"{cell(path)} {UNREADABLE}; no row was written.", file=sys.stderr)
+
+    def _end(self) -> int:
+        """Say what was found; returns the exit code."""
+        total = sum(self.counts.values())
+        found = f"{self.counts['anomalous']} of {total} anomalous" if total > self.counts[""] else f"{total} scored"
+        print(f"{found}, {self.options.csv}", file=sys.stderr)
+        if self.broken:
+            return UNREAD
+        return ANOMALOUS if self.options.fail_on_anomaly and self.counts["anomalous"] else 0
 
 
-def open_csv(path: Path) -> tuple[IO[str], set[str]]:
-    """Open a CSV to append to; returns it and the paths it already has.
-
-    A last row that a crash cut off is removed.
-
-    Raises:
-        STPMError: The file is not a CSV of scores.
-    """
-    if path.exists() and path.stat().st_size:
-        with path.open("rb+") as raw:
-            content = raw.read()
-            raw.truncate(content.rfind(b"\n") + 1)
-        with path.open(newline="") as text:
-            kept = list(csv.reader(text))
-        if kept and tuple(kept[0]) != COLUMNS:
-            msg = f"{path} is not a CSV of scores (its first row is not {','.join(COLUMNS)}): give --csv another file."
-            raise STPMError(msg)
-        if kept:
-            return path.open("a", newline=""), {row[0] for row in kept[1:]}
-    file = path.open("w", newline="")
-    csv.writer(file).writerow(COLUMNS)
-    return file, set()
+def as_dictionary(scored: Scored) -> dict[str, Any]:
+    """A verdict as JSON has it."""
+    found = [region._asdict() for region in scored.regions]
+    return {
+        "path": cell(scored.path),
+        "score": scored.score,
+        "raw": None if scored.raw != scored.raw else scored.raw,
+        "label": scored.label or None,
+        "percentile": scored.percentile,
+        "latency_ms": 1000 * scored.latency,
+        "regions": found,
+    }
 
 
 class Progress:
@@ -121,8 +229,9 @@ class Progress:
         """Rewrite the line."""
         self.shown = time.monotonic()
         rate = self.done / max(self.shown - self.started, 1e-9)
-        left = (self.total - self.done) / rate if self.done else 0.0
-        print(f"\r{self.done}/{self.total} images, {rate:.1f} a second, {left:.0f} s left ", end=end, file=sys.stderr)
+        left = max(0, self.total - self.done) / rate if self.done else 0.0
+        total = max(self.total, self.done)
+        print(f"\r{self.done}/{total} images, {rate:.1f} a second, {left:.0f} s left ", end=end, file=sys.stderr)
 
     def end(self) -> None:
         """Show the line a last time and end it."""

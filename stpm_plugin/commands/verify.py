@@ -1,26 +1,31 @@
-"""Compare an exported model with the checkpoint that it came from, on your own images.
+"""Compare an exported model with the checkpoint that it came from, on your own images, at each precision.
 
     python -m stpm_plugin.verify model.ckpt model.xml FOLDER
 
-The exit code is 0 if scores and labels agree within the limits, else 1. AUROC is compared too if there are images
-inside and outside folders named `good`.
+Says for each precision that the device offers how far scores and labels differ, how long an image takes, and whether it
+is safe. The exit code is 0 if scores and labels agree within the limits (in f32, or in all that `--precision` names), 2
+if they do and images were unreadable, else 1. AUROC is compared too if there are images inside and outside folders
+named `good`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
+import openvino as ov
 import torch
 from rich.progress import track
 from torchmetrics.functional.classification import binary_auroc
 
 from ..deployment.images import UNREADABLE, find_images, read_images
-from ..deployment.scorer import Scorer
+from ..deployment.scorer import Precision, Scorer
+from ..deployment.table import cell
 from ..errors import STPMError
 
 if TYPE_CHECKING:
@@ -28,13 +33,13 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 if the two agree, else 1."""
+    """Run the command line; returns 0 if the two agree, 2 if images were unreadable, else 1."""
     parser = argparse.ArgumentParser("python -m stpm_plugin.verify", description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", help=".ckpt file of a trained STPM")
     parser.add_argument("model", help=".xml or .onnx file that was exported from it")
     parser.add_argument("images", nargs="+", help="folders, files or patterns; folders named `good` are normal")
     parser.add_argument("--device", default="CPU", help="OpenVINO's device (default %(default)s)")
-    parser.add_argument("--precision", default="f32", choices=["f32", "bf16", "f16"], help="(default %(default)s)")
+    parser.add_argument("--precision", nargs="+", choices=get_args(Precision), help="(default: all at hand)")
     parser.add_argument(
         "--scores", type=float, default=0.01, help="largest difference of a score; 0.1 suits INT8 (default %(default)s)"
     )
@@ -67,36 +72,86 @@ def tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image[:, :, ::-1].copy()).permute(2, 0, 1).unsqueeze(0) / 255
 
 
+class Verdicts(NamedTuple):
+    """What a model says of images, in their order.
+
+    Attributes:
+        scores: Image scores.
+        labels: Whether each is anomalous; ``None`` where the model sets no threshold.
+        milliseconds: Mean time of the model for an image.
+    """
+
+    scores: np.ndarray
+    labels: list[bool | None]
+    milliseconds: float
+
+
+def eager_verdicts(model: STPM, paths: Sequence[str], broken: dict[str, None]) -> tuple[list[str], Verdicts]:
+    """Score images with a checkpoint; returns those that can be read, and the verdicts on them."""
+    read, scores, labels, begin = [], [], [], time.perf_counter()
+    for path, image in read_images(
+        track(paths, "checkpoint"), lambda name: broken.update({name: None}), lambda image, _: image
+    ):
+        with torch.inference_mode():
+            made = model(tensor(image))
+        read.append(path)
+        scores.append(float(made.pred_score))
+        labels.append(None if made.pred_label is None else bool(made.pred_label))
+    spent = 1000 * (time.perf_counter() - begin)
+    return read, Verdicts(np.array(scores), labels, spent / max(len(read), 1))
+
+
+def exported_verdicts(scorer: Scorer, paths: Sequence[str], name: str) -> Verdicts:
+    """Score images with an exported model."""
+    found = list(scorer.score(track(paths, name)))
+    labels = [{"normal": False, "anomalous": True}.get(scored.label) for scored in found]
+    spent = 1000 * float(np.mean([scored.latency for scored in found]))
+    return Verdicts(np.array([scored.score for scored in found]), labels, spent)
+
+
+def precisions(device: str) -> list[Precision]:
+    """The precisions that a device computes in natively, f32 first."""
+    offered = (
+        ov.Core().get_property(device, "OPTIMIZATION_CAPABILITIES") if device in ov.Core().available_devices else []
+    )
+    faster: list[tuple[Precision, str]] = [("bf16", "BF16"), ("f16", "FP16")]
+    return ["f32", *(name for name, flag in faster if flag in offered)]
+
+
+def agree(before: Verdicts, after: Verdicts, defective: np.ndarray, options: argparse.Namespace) -> tuple[bool, str]:
+    """Whether two models' verdicts agree within the limits, and how far they do, in words."""
+    differences = np.abs(after.scores - before.scores)
+    equal = float(np.mean([a == b for a, b in zip(after.labels, before.labels, strict=True)]))
+    within = bool(np.isfinite(after.scores).all() and np.isfinite(before.scores).all())
+    within = within and differences.max() <= options.scores and equal >= options.labels
+    words = f"scores differ by {differences.mean():.2g} on average, {differences.max():.2g} at most; "
+    words += f"equal labels {equal:.1%}; {after.milliseconds:.1f} ms an image"
+    if within and 0 < defective.sum() < len(defective):
+        truth = torch.from_numpy(defective).long()
+        old, new = (float(binary_auroc(torch.from_numpy(one.scores), truth)) for one in (before, after))
+        words += f"; image AUROC {old:.4f} before, {new:.4f} after"
+        within = new >= old - options.auroc
+    return within, words
+
+
 def compare(options: argparse.Namespace) -> int:
     """Score each image with both and print how far they differ; returns the exit code."""
-    eager = load(options.checkpoint)
-    scorer = Scorer(options.model, options.device, "latency", precision=options.precision)
+    eager, broken = load(options.checkpoint), dict[str, None]()
+    wanted: list[Precision] = options.precision or precisions(options.device)
+    scorers = {name: Scorer(options.model, options.device, "latency", precision=name) for name in wanted}
     paths = find_images(options.images)
-    broken: list[str] = []
-    before, after, labels_before, labels_after, defects = [], [], [], [], []
-    read = read_images(track(paths, "scoring with both"), broken.append)
-    for scored in scorer.score(read, maps=True):
-        with torch.inference_mode():
-            made = eager(tensor(cast("np.ndarray", scored.image)))  # set, since maps are requested
-        before.append(float(made.pred_score))
-        after.append(scored.score)
-        labels_before.append(None if made.pred_label is None else bool(made.pred_label))
-        labels_after.append({"normal": False, "anomalous": True}.get(scored.label))
-        defects.append(Path(scored.path).parent.name != "good")
-    if not before:
+    read, before = eager_verdicts(eager, paths, broken)
+    if not read:
         msg = f"none of the images can be read, the first of them {paths[0]}."
         raise STPMError(msg)
-    differences = [abs(a - b) for a, b in zip(after, before, strict=True)]
-    equal = sum(a == b for a, b in zip(labels_after, labels_before, strict=True)) / len(before)
-    mean = sum(differences) / len(differences)
-    print(f"{len(before)} images; scores differ by {mean:.2g} on average, {max(differences):.2g} at most")
-    print(f"equal labels: {equal:.1%}")
-    agree = max(differences) <= options.scores and equal >= options.labels
-    if len(set(defects)) == 2:
-        old, new = (float(binary_auroc(torch.tensor(s), torch.tensor(defects).long())) for s in (before, after))
-        print(f"image AUROC: {old:.4f} before, {new:.4f} after")
-        agree = agree and new >= old - options.auroc
+    defective = np.array([Path(path).parent.name != "good" for path in read])
+    print(f"{len(read)} images, {options.model} beside {options.checkpoint}")
+    safe = {}
+    for name, scorer in scorers.items():
+        safe[name], words = agree(before, exported_verdicts(scorer, read, name), defective, options)
+        print(f"{name}: {words}: {'safe' if safe[name] else 'NOT safe'}")
     for path in broken:
-        print(f"{path} {UNREADABLE}.", file=sys.stderr)
-    print("the two agree" if agree else "the two do NOT agree within the limits")
-    return 0 if agree else 1
+        print(f"{cell(path)} {UNREADABLE}.", file=sys.stderr)
+    right = all(safe.values()) if options.precision else safe[wanted[0]]
+    print("the two agree" if right else "the two do NOT agree within the limits")
+    return (2 if broken else 0) if right else 1

@@ -6,6 +6,7 @@ if a node has room, and its images are scored again.
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +16,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import STPMError
-from .scorer import Scorer
-from .worker import Row, Worker
+from .exported_model import files_of
+from .images import VIDEOS
+from .regions import Region
+from .scorer import Scored, Scorer
+from .worker import Worker
 
 IMAGES = 16  # per block: what a worker gets at a time, and what is scored again if it is lost
 
@@ -26,44 +30,62 @@ class Cluster:
 
     Args:
         address: As in ``ray.init``: ``auto`` for the cluster of this node, ``local`` for one of its own.
-        settings: Arguments of :class:`~stpm_plugin.deployment.scorer.Scorer`, the model first.
+        options: Arguments of :class:`~stpm_plugin.deployment.scorer.Scorer`.
         heatmaps: Folder for the heat maps, on a disk that all nodes share; ``None`` draws none.
         root: Common parent of all images.
+        regions: Whether anomalous regions are wanted.
+
+    Attributes:
+        scorer: The model, as it runs on this node.
 
     Raises:
         STPMError: Ray is not installed, the cluster cannot be reached, or the model cannot be used.
     """
 
-    def __init__(self, address: str, settings: tuple[Any, ...], heatmaps: Path | None, root: Path) -> None:
+    def __init__(
+        self, address: str, options: dict[str, Any], heatmaps: Path | None, root: Path, regions: bool = False
+    ) -> None:
         try:
             import ray.data
         except ImportError:
             msg = "--ray needs Ray: pip install 'stpm-plugin[cluster]'."
             raise STPMError(msg) from None
-        Scorer(*settings)  # a bad model raises here, not in a worker
+        self.scorer = Scorer(**options)  # a bad model raises here, not in a worker
         try:
             ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             msg = f"no Ray cluster answers at {address!r} ({error}): start one with `ray start --head`, or --ray local."
             raise STPMError(msg) from None
-        model, *rest = settings
-        files = [Path(model), Path(model).with_suffix(".bin")]
+        sent = [*files_of(Path(options["model"])), *([Path(options["ignore"])] if options.get("ignore") else [])]
         self.arguments = {
-            "files": ray.put({file.name: file.read_bytes() for file in files if file.is_file()}),
-            "settings": (Path(model).name, *rest),
+            "files": ray.put({file.name: file.read_bytes() for file in sent}),
+            "options": options,
             "heatmaps": heatmaps and heatmaps.absolute(),
             "root": root,
+            "regions": regions,
         }
         self.nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
 
-    def rows(self, paths: Iterable[str], unreadable: Callable[[str], None]) -> Iterator[Row]:
-        """Yield one row per readable image, in order; ``unreadable`` is called with the path of each other file."""
+    def rows(
+        self, paths: Iterable[str], unreadable: Callable[[str], None], skip: Callable[[str], bool] | None = None
+    ) -> Iterator[Scored]:
+        """Yield one verdict per readable image, in order; ``unreadable`` is called with the path of each other file.
+
+        Raises:
+            STPMError: One of the files is a video.
+        """
+        del skip
         import ray.data
 
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
-        items = [{"path": str(Path(path).absolute()), "name": path} for path in paths]
+        items = []
+        for path in paths:
+            if Path(path).suffix.lower() in VIDEOS:
+                msg = f"{path} is a video, which one node reads: score it without --ray."
+                raise STPMError(msg)
+            items.append({"path": json.dumps(path)})  # as ASCII: a name may hold bytes that are no text
         if not items:
             return
         blocks = ray.data.from_items(items, override_num_blocks=-(-len(items) // IMAGES))
@@ -76,32 +98,30 @@ class Cluster:
             compute=ray.data.ActorPoolStrategy(size=max(self.nodes, 1)),
         )
         for row in scored.iter_rows():
-            if row["readable"]:
-                yield row["name"], row["score"], row["label"], row["latency"]
+            path = json.loads(row["path"])
+            if row["verdict"]:
+                made = Scored(path, *json.loads(row["verdict"]))
+                yield made._replace(regions=tuple(Region(*region) for region in made.regions))
             else:
-                unreadable(row["name"])
+                unreadable(path)
 
 
 class Actor:
     """A worker as Ray Data calls it; the model's files are sent with it."""
 
-    def __init__(self, files: Any, settings: tuple[Any, ...], heatmaps: Path | None, root: Path) -> None:
+    def __init__(
+        self, files: Any, options: dict[str, Any], heatmaps: Path | None, root: Path, regions: bool = False
+    ) -> None:
         import ray
 
         with tempfile.TemporaryDirectory() as folder:
             for name, content in ray.get(files).items():
                 Path(folder, name).write_bytes(content)
-            model, *rest = settings
-            self.worker = Worker(Scorer(Path(folder, model), *rest), heatmaps, root)
+            here = {name: Path(folder, Path(options[name]).name) for name in ("model", "ignore") if options.get(name)}
+            self.worker = Worker(Scorer(**{**options, **here}), heatmaps, root, regions)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Score a block of paths: one row per path, in order."""
-        found = {row[0]: row for row in self.worker.rows(batch["path"], lambda _: None)}
-        rows = [found.get(path, ("", float("nan"), "", float("nan"))) for path in batch["path"]]
-        return {
-            "name": list(batch["name"]),
-            "readable": [path in found for path in batch["path"]],
-            "score": [row[1] for row in rows],
-            "label": [row[2] for row in rows],
-            "latency": [row[3] for row in rows],
-        }
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        """Score a block of paths: one verdict per path as text, in order; empty for a file that cannot be read."""
+        paths = [json.loads(path) for path in batch["path"]]
+        found = {row.path: json.dumps(row[1:7]) for row in self.worker.rows(paths, lambda _: None)}
+        return {"path": list(batch["path"]), "verdict": [found.get(path, "") for path in paths]}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -15,6 +17,8 @@ import numpy as np
 from ..errors import STPMError
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+VIDEOS = {".avi", ".mkv", ".mov", ".mp4"}  # scored by frames where a source names one
+HEATMAP = ".heatmap.jpg"  # ends the names of pictures that are drawn here, which are no input
 DECODERS = min(4, os.cpu_count() or 1)  # threads: decoding a megapixel takes as long as scoring it
 AHEAD = 4 * DECODERS  # decoded images that may wait
 UNREADABLE = "cannot be read as an image, or not as training reads it: convert it to a plain PNG of 8 bits a channel"
@@ -25,7 +29,8 @@ AS_STORED = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENT
 def find_images(sources: Sequence[str]) -> list[str]:
     """List image files: those given, those below folders given, and those that patterns match.
 
-    Files of one source are sorted by the numbers in their names: 2 before 10.
+    Files of one source are sorted by the numbers in their names: 2 before 10. A file that several sources lead to is
+    listed once, by its absolute path. Heat maps are left out, and videos below folders.
 
     Raises:
         STPMError: A source holds or matches no image.
@@ -34,17 +39,33 @@ def find_images(sources: Sequence[str]) -> list[str]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            files: Iterable[Path] = path.rglob("*")
+            chosen = images_below(path)
         elif path.is_file():
-            files = [path]
+            chosen = _chosen([path], SUFFIXES | VIDEOS)
         else:
-            files = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))
-        chosen = [str(file) for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
+            chosen = _chosen(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))), SUFFIXES | VIDEOS)
         if not chosen:
             msg = f"{source} leads to no image ({', '.join(sorted(SUFFIXES))}): give a folder, a file or a pattern."
             raise STPMError(msg)
-        found += sorted(chosen, key=_by_number)
+        found += chosen
     return list(dict.fromkeys(found))
+
+
+def images_below(folder: Path) -> list[str]:
+    """List the image files below a folder, as :func:`find_images` does; none is no error."""
+    return _chosen(folder.rglob("*"), SUFFIXES)
+
+
+def _chosen(files: Iterable[Path], suffixes: set[str]) -> list[str]:
+    """Canonical paths of the files that are input, sorted by the numbers in their names."""
+    chosen = [file for file in files if file.suffix.lower() in suffixes and not file.name.startswith(".")]
+    paths = [canonical(file) for file in chosen if file.is_file() and not file.name.endswith(HEATMAP)]
+    return sorted(paths, key=_by_number)
+
+
+def canonical(file: Path) -> str:
+    """The one spelling of a file's path: absolute, its folder without links; a link to an image stays a name."""
+    return str(file.parent.resolve() / file.name)
 
 
 def _by_number(name: str) -> list[str | int]:
@@ -52,26 +73,61 @@ def _by_number(name: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def read_images(paths: Iterable[str], unreadable: Callable[[str], None]) -> Iterator[tuple[str, np.ndarray]]:
+Made = TypeVar("Made")
+
+
+def read_images(
+    paths: Iterable[str],
+    unreadable: Callable[[str], None],
+    then: Callable[[np.ndarray, str], Made],
+    skip: Callable[[str], bool] | None = None,
+) -> Iterator[tuple[str, Made]]:
     """Decode images in several threads, a few ahead.
 
     Args:
-        paths: Image files.
+        paths: Image files, and videos.
         unreadable: Called with the path of each file that :func:`decode` refuses.
+        then: Makes of an image (H, W, 3), BGR, uint8, and its name what is yielded; runs in the threads.
+        skip: Whether to leave out a frame, by its name.
 
     Yields:
-        Paths and images (H, W, 3), BGR, uint8, in the order of the paths. As in training, EXIF rotation is ignored.
+        Names and what ``then`` made, in the order of the paths. A name is an image's path, or ``VIDEO#N`` for a
+        video's frame N, from 0. As in training, EXIF rotation is ignored.
     """
+
+    def work(path: str, image: np.ndarray | None) -> Made | None:
+        image = decode(path) if image is None else image
+        return None if image is None else then(image, path)
+
     with ThreadPoolExecutor(DECODERS) as pool:
-        waiting: deque[tuple[str, Future[np.ndarray | None]] | None] = deque()
-        for path in [*paths, *[None] * AHEAD]:
-            waiting.append(None if path is None else (path, pool.submit(decode, path)))
+        waiting: deque[tuple[str, Future[Made | None]] | None] = deque()
+        for asked in itertools.chain(_items(paths, unreadable, skip), [None] * AHEAD):
+            waiting.append(asked and (asked[0], pool.submit(work, *asked)))
             if len(waiting) > AHEAD and (oldest := waiting.popleft()):
-                name, image = oldest
-                if (pixels := image.result()) is not None:
-                    yield name, pixels
+                name, future = oldest
+                if (made := future.result()) is not None:
+                    yield name, made
                 else:
                     unreadable(name)
+
+
+def _items(
+    paths: Iterable[str], unreadable: Callable[[str], None], skip: Callable[[str], bool] | None
+) -> Iterator[tuple[str, np.ndarray | None]]:
+    """Yield images to decode by their paths, and the frames of videos."""
+    for path in paths:
+        if Path(path).suffix.lower() not in VIDEOS:
+            yield path, None
+            continue
+        video, index = cv2.VideoCapture(path), 0
+        if not video.isOpened():
+            unreadable(path)
+        while video.grab():
+            name = f"{path}#{index}"
+            if skip is None or not skip(name):
+                yield name, video.retrieve()[1]
+            index += 1
+        video.release()
 
 
 def decode(path: str) -> np.ndarray | None:

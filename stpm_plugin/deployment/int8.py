@@ -8,7 +8,6 @@ training images, and thresholds are recomputed from the scores of the quantised 
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,10 +15,10 @@ from typing import Any, cast
 import numpy as np
 import openvino as ov
 import torch
-from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
+from anomalib.data import AnomalibDataModule, Batch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
@@ -36,25 +35,26 @@ FLOAT_REDUCTION = 4  # input pixels per position, along a side, up to which noth
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors would compute in bfloat16
 
 
-def export_int8(
+def round_model(
     source: Path,
-    target: Path,
     datamodule: AnomalibDataModule,
     record: DataRecord | None,
     size: tuple[int, int] | None,
     post_processor: PostProcessor | None,
     max_drop: float | None = None,
-) -> None:
+) -> tuple[ov.Model, PostProcessor | None]:
     """Quantise an exported model and set its thresholds anew.
 
     Args:
         source: OpenVINO file of the model without its post-processor.
-        target: Where the quantised model goes, post-processor included.
         datamodule: Holds the images that trained the model, and the validation set.
         record: Which images trained the model and which were held out; ``None`` where that is unknown.
         size: Height and width to which images are resized first, pixels; ``None`` leaves them as they are.
-        post_processor: Appended to the model, as a copy; ``None`` for raw scores.
+        post_processor: The float model's; ``None`` for raw scores.
         max_drop: As in :func:`quantize`.
+
+    Returns:
+        The rounded model of raw scores, and a copy of the post-processor with the rounded model's thresholds.
 
     Raises:
         STPMError: The data are not the model's, an image is anomalous or cannot be read, or none was held out.
@@ -74,9 +74,7 @@ def export_int8(
         validation = datamodule.val_dataloader() if hasattr(datamodule, "val_data") else []
         batches = (fitted(read(loader, held_out, 1), size), fitted(validation, size))
         set_thresholds(post_processor, model, exact, *batches)
-        model = post_process(model, post_processor)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    ov.save_model(model, target, compress_to_fp16=False)
+    return model, post_processor
 
 
 def normal_images(datamodule: AnomalibDataModule) -> DataLoader:
@@ -209,42 +207,6 @@ def outside_the_backbones(model: ov.Model) -> list[str]:
     convolutions = {node.get_friendly_name() for node in operations if node.get_type_name() in CONVOLUTIONS}
     finest = FLOAT_REDUCTION if max(reduction.values()) > FLOAT_REDUCTION else 0
     return [name for name in reduction if reduction[name] <= finest or name not in feeding | convolutions]
-
-
-class Scores(nn.Module):
-    """A post-processor as a network, from raw scores (B,) and maps (B, 1, H, W) to the exported model's outputs."""
-
-    def __init__(self, post_processor: PostProcessor) -> None:
-        super().__init__()
-        self.post_processor = post_processor
-
-    def forward(self, pred_score: Tensor, anomaly_map: Tensor) -> dict[str, Tensor]:
-        """Normalise and threshold."""
-        made = self.post_processor(InferenceBatch(pred_score=pred_score, anomaly_map=anomaly_map))
-        return {name: value for name, value in made._asdict().items() if value is not None}
-
-
-def post_process(model: ov.Model, post_processor: PostProcessor) -> ov.Model:
-    """Append normalisation and thresholds to a model of raw scores and maps."""
-    example = (torch.rand(2), torch.rand(2, 1, 8, 8))
-    names = [*Scores(post_processor)(*example)]
-    dynamic = torch.export.Dim.DYNAMIC
-    with tempfile.TemporaryDirectory() as folder:  # by ONNX, which computes thresholds' conditions once and for all
-        path = Path(folder, "scores.onnx")
-        shapes = ({0: dynamic}, {0: dynamic, 2: dynamic, 3: dynamic})
-        torch.onnx.export(
-            Scores(post_processor).eval(), example, path, dynamo=True, dynamic_shapes=shapes, verbose=False
-        )
-        tail = ov.convert_model(path)
-    for parameter, name in zip(tail.get_parameters(), ("pred_score", "anomaly_map"), strict=True):
-        raw = model.output(name).get_node().input_value(0)
-        raw.set_names({f"raw_{name}"})  # a name is that of one tensor
-        for target in parameter.output(0).get_target_inputs():
-            target.replace_source_output(raw)
-    whole = ov.Model(tail.get_results(), model.get_parameters(), model.get_friendly_name())
-    for output, name in zip(whole.outputs, names, strict=True):
-        output.get_tensor().set_names({name})
-    return whole
 
 
 def set_thresholds(

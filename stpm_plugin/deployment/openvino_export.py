@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import openvino as ov
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
+from anomalib.post_processing import PostProcessor
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
 from ..errors import STPMError
+from ..model.network import STPMModel
+from ..model.pre_processing import AntialiasedResize
 from ..training.diagnostics import require_room, size_of
-from .int8 import export_int8
+from ..training.thresholds import HELD_OUT, VALIDATION, STPMPostProcessor
+from .exported_model import describe, write
+from .int8 import round_model
+from .verdict import Scale, Verdict
 
 if TYPE_CHECKING:
     from ..training.lightning_model import STPM
-
-MODEL_INFO = {"model_type": "AnomalyDetection", "task": "segmentation"}  # what OpenVINO Model API reads
 
 
 class OpenVINOExport(Callback):
@@ -50,16 +56,6 @@ class OpenVINOExport(Callback):
             rank_zero_info(f"STPM: the OpenVINO model is {path}.")
 
 
-def describe(path: Path) -> None:
-    """Write ``MODEL_INFO`` into an exported ``.xml``, by which OpenVINO Model API knows an ``AnomalyDetection``."""
-    core = ov.Core()
-    core.set_property({"ENABLE_MMAP": False})  # the weights' file is overwritten
-    model = core.read_model(path)
-    for name, value in MODEL_INFO.items():
-        model.set_rt_info(value, ["model_info", name])
-    ov.save_model(model, path, compress_to_fp16=False)
-
-
 def export(
     module: STPM,
     plain: Callable[..., Path],
@@ -69,12 +65,12 @@ def export(
     max_drop: float = 0.01,
     **arguments: Any,
 ) -> Path:
-    """Export as anomalib does, but for INT8, which is quantised for STPM.
+    """Export the networks as anomalib does, but for INT8, which is quantised for STPM, and append the verdict.
 
     Args:
         module: A trained model.
         plain: anomalib's own export of it.
-        export_root: Folder; the model lies below it, where anomalib puts it.
+        export_root: Folder; the model lies below it, where anomalib puts it, and is named after its compression.
         compression_type: ``INT8_PTQ`` and ``INT8_ACQ`` are :mod:`stpm_plugin.deployment.int8`'s, the rest anomalib's.
         datamodule: For INT8: the data that trained the model. Images that trained it calibrate; its validation set or
             the held-out images set the thresholds.
@@ -83,42 +79,92 @@ def export(
         **arguments: As in anomalib; its ``metric``, which would read test labels, is not used.
 
     Returns:
-        Path of the ``.xml`` file.
+        Path of the ``.xml`` file: ``model.xml``, or for a compressed model for example ``model_int8_ptq.xml``.
 
     Raises:
         STPMError: No room, INT8 without the data of the model, or ``INT8_ACQ`` without held-out images.
     """
     arguments.pop("metric", None)
     require_room(Path(export_root), size_of(module.model.state_dict()), "the model", "--export_root")
-    if compression_type not in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ):
-        target = plain(export_root, compression_type=compression_type, datamodule=datamodule, **arguments)
-        describe(target)
-        return target
-    if datamodule is None:
+    rounds = compression_type in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
+    appended = appendable(module.post_processor)
+    if rounds and datamodule is None:
         msg = "INT8 is calibrated on normal training images: name them with --data (datamodule=...)."
         raise STPMError(msg)
-    drop = max_drop if compression_type == CompressionType.INT8_ACQ else None
-    size = arguments.get("input_size")
-    return _export_rounded(module, functools.partial(plain, **arguments), Path(export_root), size, datamodule, drop)
-
-
-def _export_rounded(
-    module: STPM,
-    plain: Callable[..., Path],
-    root: Path,
-    size: tuple[int, int] | None,
-    datamodule: AnomalibDataModule,
-    drop: float | None,
-) -> Path:
-    """Export without the post-processor, round that, and append the post-processor with thresholds of its own."""
-    post_processor, module.post_processor = module.post_processor, None
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            raw = plain(folder)
-            target = root / raw.relative_to(folder)
-            size = size or module.network_size
-            export_int8(raw, target, datamodule, module.data_record, size, post_processor, drop)
-    finally:
-        module.post_processor = post_processor
-    describe(target)
+    if rounds and not appended:
+        name = type(module.post_processor).__name__
+        msg = f"INT8 sets its thresholds anew, which {name} does not offer: use STPMPostProcessor, or export in FP16."
+        raise STPMError(msg)
+    with tempfile.TemporaryDirectory() as folder, without_post_processor(module, appended) as post_processor:
+        options = {} if rounds else {"compression_type": compression_type, "datamodule": datamodule}
+        source = plain(folder, **options, **arguments)
+        if rounds:
+            size = arguments.get("input_size") or module.network_size
+            drop = max_drop if compression_type == CompressionType.INT8_ACQ else None
+            data = cast("AnomalibDataModule", datamodule)
+            model, post_processor = round_model(source, data, module.data_record, size, post_processor, drop)
+        else:
+            core = ov.Core()
+            core.set_property({"ENABLE_MMAP": False})  # the folder is removed
+            model = core.read_model(source)
+        if isinstance(post_processor, PostProcessor):
+            raw = (model.output(name).get_node().input_value(0) for name in ("pred_score", "anomaly_map"))
+            model = verdict_of(post_processor, module.model).append_to(model, *raw)
+        name = f"model_{CompressionType(compression_type).value}.xml" if compression_type else "model.xml"
+        target = (Path(export_root) / source.relative_to(folder)).with_name(name)
+        describe(model, resized_to(module.pre_processor))
+        write(model, target)
     return target
+
+
+@contextlib.contextmanager
+def without_post_processor(module: STPM, detach: bool) -> Iterator[PostProcessor | None]:
+    """Take a module's post-processor off for a while, if ``detach``; yields what was taken."""
+    if not detach:
+        yield None
+        return
+    taken, module.post_processor = module.post_processor, None
+    try:
+        yield taken
+    finally:
+        module.post_processor = taken
+
+
+def appendable(post_processor: PostProcessor | None) -> bool:
+    """Whether a :class:`Verdict` says what a post-processor does; else anomalib exports it with the networks."""
+    normalizes = type(post_processor) is PostProcessor and post_processor.enable_normalization
+    return post_processor is None or normalizes or isinstance(post_processor, STPMPostProcessor)
+
+
+def verdict_of(post_processor: PostProcessor, model: STPMModel) -> Verdict:
+    """What a post-processor does, as numbers."""
+    relative = isinstance(post_processor, STPMPostProcessor) and post_processor.basis == HELD_OUT
+
+    def scale(kind: str) -> Scale:
+        threshold, low, high = (
+            float(getattr(post_processor, f"{kind}_{name}")) for name in ("threshold", "min", "max")
+        )
+        sensitivity = float(getattr(post_processor, f"{kind}_sensitivity"))
+        if relative:
+            return Scale(threshold, sensitivity=sensitivity)
+        return Scale((low + high) / 2 if math.isnan(threshold) else threshold, low, high, sensitivity)
+
+    return Verdict(
+        basis=getattr(post_processor, "basis", VALIDATION),
+        image=scale("image"),
+        pixel=scale("pixel"),
+        normalize=post_processor.enable_normalization,
+        label=post_processor.enable_thresholding,
+        held_out_scores=tuple(getattr(post_processor, "held_out_scores", ())),
+        held_out_maxima=tuple(getattr(post_processor, "held_out_maxima", ())),
+        score_share=model.score_share,
+        stride=model.teacher.strides[0],
+    )
+
+
+def resized_to(pre_processor: nn.Module | None) -> tuple[int, int] | None:
+    """Height and width to which an exported graph resizes images before anything else; ``None`` if it does not."""
+    first = getattr(pre_processor, "export_transform", None)
+    while isinstance(first, nn.Sequential):
+        first = first[0]
+    return first.size if isinstance(first, AntialiasedResize) else None

@@ -1,35 +1,51 @@
-"""Image scores and anomaly maps from an exported model, by OpenVINO and NumPy alone: no torch, no anomalib."""
+"""Verdicts on images from an exported model, by OpenVINO and NumPy alone: no torch, no anomalib."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import numpy as np
 import openvino as ov
-from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
 
 from ..errors import STPMError
+from .exported_model import digest, files_of, last_line, read_model, size_of, tensor_of
+from .images import UNREADABLE, read_images
+from .regions import Region, read_ignored, regions, shrunk
+from .resize import resize
+from .verdict import RAW_MAP, RAW_SCORE, Scale, Verdict, read_verdict
+
+Hint = Literal["latency", "throughput"]
+Precision = Literal["f32", "bf16", "f16"]
+CHANNELS = {"RGB": slice(None), "BGR": slice(None, None, -1)}
+AS_EXPORTED = Scale(0.5)  # outputs of a model that describes no verdict: 0.5 is the threshold
 
 
 class Scored(NamedTuple):
     """A model's verdict on an image.
 
     Attributes:
-        path: The image's file.
+        path: The image's file or name.
         score: Image score, in [0, 1] if the model normalises; 0.5 is then the threshold.
+        raw: Image score before normalisation; NaN if the model does not tell.
         label: ``normal`` or ``anomalous``; empty if the model sets no threshold.
+        percentile: Percentage of the held-out good images with a lower score; ``None`` if the model has none.
         latency: The model's time for the whole batch, seconds.
+        regions: Anomalous regions, the highest peak first, if maps were requested.
         image: The image (H, W, 3), BGR, uint8, if maps were requested.
-        anomaly_map: Its anomaly map (h, w), if maps were requested.
+        anomaly_map: Its normalised anomaly map (h, w), if maps were requested.
     """
 
     path: str
     score: float
+    raw: float
     label: str
+    percentile: float | None
     latency: float
+    regions: tuple[Region, ...] = ()
     image: np.ndarray | None = None
     anomaly_map: np.ndarray | None = None
 
@@ -41,118 +57,279 @@ class Scorer:
         model: An ``.xml`` or ``.onnx`` file that anomalib exported.
         device: An OpenVINO device, such as ``CPU``, ``GPU`` or ``AUTO``.
         hint: ``latency`` or ``throughput``.
-        batch: Images per request; neighbours of one size share a request.
-        precision: What the device computes in, such as ``f32``; ``None`` leaves it to the device.
+        batch: Images per request.
+        precision: What the device computes in: ``f32`` keeps the verdicts of training; ``bf16`` and ``f16`` are faster
+            where the hardware has them, and ``python -m stpm_plugin.verify`` says whether they are safe.
+        threads: CPU threads to use; ``None`` for all.
+        threshold: Raw image score above which an image is anomalous, instead of the model's.
+        sensitivity: Instead of the model's, in (0, 1): above 0.5 finds more, below raises fewer false alarms.
+        ignore: Image file whose white parts are ignored, of the images' size.
+
+    Attributes:
+        digest: Hash of the model's files.
+        settings: The options that decide a verdict, in words.
+        verdict: The thresholds in use; ``None`` if the model describes none.
+        size: Height and width to which images are resized first, pixels; ``None`` if the graph takes any size.
 
     Raises:
-        STPMError: The file is missing or no such model, the device cannot run it, or it is fixed to another batch.
+        STPMError: The file is missing or no such model, the device cannot run it, it is fixed to another batch, or it
+            does not hold what an option needs.
     """
 
     def __init__(
         self,
         model: str | Path,
         device: str = "CPU",
-        hint: str = "throughput",
+        hint: Hint = "throughput",
         batch: int = 1,
-        precision: str | None = None,
+        precision: Precision = "f32",
+        threads: int | None = None,
+        threshold: float | None = None,
+        sensitivity: float | None = None,
+        ignore: str | Path | None = None,
     ) -> None:
+        check(hint, precision, batch, threads)
         core, path = ov.Core(), Path(model)
-        options = {"PERFORMANCE_HINT": hint.upper()} | ({"INFERENCE_PRECISION_HINT": precision} if precision else {})
-        network = _read_model(core, path, batch)
-        shape = network.input(0).partial_shape
-        self.batch = batch
+        network = read_model(core, path, batch)
+        self.batch, self.digest = batch, digest(files_of(path))
         self.labels = any("pred_label" in output.get_names() for output in network.outputs)
-        pixels = PrePostProcessor(network)
-        pixels.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
-        pixels.input().tensor().set_color_format(ColorFormat.BGR)
-        pixels.input().model().set_layout(ov.Layout("NCHW"))
-        steps = (
-            pixels.input().preprocess().convert_element_type(ov.Type.f32).convert_color(ColorFormat.RGB).scale(255.0)
+        self.verdict = changed(read_verdict(network, path), path, threshold, sensitivity, ignore)
+        self.ignore, self.ignored = ignore, None if ignore is None else read_ignored(ignore)
+        self.settings = in_words(device, precision, threshold, sensitivity, ignore)
+        self.size = size_of(network)
+        if self.verdict is not None:
+            network = ov.Model([tensor_of(network, name) for name in (RAW_SCORE, RAW_MAP)], network.get_parameters())
+        if self.size is not None:  # a graph of one size is compiled once, and takes images of all sizes in one batch
+            network.reshape([1 if batch == 1 else -1, 3, *self.size])
+        options: dict[str, Any] = {"PERFORMANCE_HINT": hint.upper(), "INFERENCE_PRECISION_HINT": precision}
+        self.compiled = compiled(
+            core, network, device, options | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
         )
-        if shape[2].is_static and shape[3].is_static:  # resized as in training: the scores of an any-size model
-            pixels.input().tensor().set_spatial_dynamic_shape()
-            steps.resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
-        try:
-            self.compiled = core.compile_model(pixels.build(), device, options)
-        except RuntimeError as error:
-            others = ", ".join(core.available_devices)
-            msg = f"device {device} cannot run {path} ({_last_line(error)}); there are: {others}."
-            raise STPMError(msg) from None
         self.requests = self.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
 
-    def score(self, images: Iterable[tuple[str, np.ndarray]], maps: bool = False) -> Iterator[Scored]:
-        """Score images as they come, several at a time.
+    def score(
+        self,
+        files: Iterable[str | Path],
+        maps: bool = False,
+        unreadable: Callable[[str], None] | None = None,
+        skip: Callable[[str], bool] | None = None,
+    ) -> Iterator[Scored]:
+        """Score image files, several at a time, with the pixels that training sees.
 
         Args:
-            images: Paths and images (H, W, 3), BGR, uint8, of any size.
-            maps: Whether to return images and anomaly maps too.
+            files: Paths.
+            maps: Whether to return regions, images and anomaly maps too.
+            unreadable: Called with the path of each file that is no such image; ``None`` raises.
+            skip: Whether to leave out a video frame, by its name.
 
         Yields:
-            One verdict per image, in the order of the images.
+            One verdict per readable file, in order.
+
+        Raises:
+            STPMError: A file cannot be read, and ``unreadable`` is ``None``.
         """
+        paths = (str(path) for path in files)
+        return self._infer(read_images(paths, unreadable or _refuse, self._prepare, skip), maps)
+
+    def score_arrays(
+        self, images: Iterable[tuple[str, np.ndarray]], channels: str, maps: bool = False
+    ) -> Iterator[Scored]:
+        """Score images that are in memory, several at a time.
+
+        Args:
+            images: Names and images (H, W, 3), uint8, of any size. Unlike ``cv2.imread``, training ignores EXIF
+                rotation.
+            channels: Their order: ``BGR`` as OpenCV has it, or ``RGB`` as Pillow has it.
+            maps: Whether to return regions, images and anomaly maps too.
+
+        Yields:
+            One verdict per image, in order.
+
+        Raises:
+            STPMError: An image is ``None``, of another shape or type, or ``channels`` is another word.
+        """
+        if channels not in CHANNELS:
+            msg = f'channels="{channels}": say "BGR" for images from OpenCV or "RGB" for images from Pillow.'
+            raise STPMError(msg)
+        order = CHANNELS["RGB" if channels == "BGR" else "BGR"]
+        prepared = ((name, self._prepare(checked(name, image)[:, :, order], name)) for name, image in images)
+        return self._infer(prepared, maps)
+
+    def _prepare(self, image: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Keep an image (H, W, 3), BGR, uint8, beside the network's input (3, h, w), RGB, float32 in [0, 1]."""
+        if self.ignored is not None and self.ignored.shape != image.shape[:2]:
+            sizes = ["{} x {}".format(*shape[:2]) for shape in (image.shape, self.ignored.shape)]
+            msg = f"{name} has {sizes[0]} pixels and the mask {self.ignore} {sizes[1]}: they must be equal."
+            raise STPMError(msg)
+        pixels = resize(image, self.size or image.shape[:2])
+        return image, np.ascontiguousarray(pixels[:, :, ::-1].transpose(2, 0, 1)) / np.float32(255)
+
+    def _infer(self, images: Iterable[tuple[str, tuple[np.ndarray, np.ndarray]]], maps: bool) -> Iterator[Scored]:
+        """Score prepared images, as many at a time as the device is best at."""
         idle = deque(self.compiled.create_infer_request() for _ in range(self.requests))
-        busy: deque[tuple[ov.InferRequest, list[str], np.ndarray]] = deque()
-        for paths, batch in self._batches(images):
+        busy: deque[tuple[ov.InferRequest, list[str], list[np.ndarray]]] = deque()
+        for paths, originals, batch in self._batches(images):
             if not idle:  # the oldest is done first, or nearly so
                 oldest = busy.popleft()
                 yield from self._answers(*oldest, maps)
                 idle.append(oldest[0])
             request = idle.popleft()
             request.start_async({0: batch})
-            busy.append((request, paths, batch))
+            busy.append((request, paths, originals))
         for asked in busy:
             yield from self._answers(*asked, maps)
 
-    def _answers(self, request: ov.InferRequest, paths: list[str], batch: np.ndarray, maps: bool) -> Iterator[Scored]:
-        """Wait for a request and yield the verdict on each image of its batch (B, H, W, 3)."""
-        request.wait()
-        scores = request.get_tensor("pred_score").data.reshape(-1)
-        labels = request.get_tensor("pred_label").data.reshape(-1) if self.labels else None
-        anomaly_maps = request.get_tensor("anomaly_map").data.copy() if maps else None
-        for place, path in enumerate(paths):
-            label = "" if labels is None else "anomalous" if labels[place] else "normal"
-            shown = (batch[place], anomaly_maps[place, 0]) if anomaly_maps is not None else ()
-            yield Scored(path, float(scores[place]), label, request.latency / 1000, *shown)
-
-    def _batches(self, images: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[list[str], np.ndarray]]:
-        """Join neighbours of one size into batches (B, H, W, 3)."""
+    def _batches(
+        self, images: Iterable[tuple[str, tuple[np.ndarray, np.ndarray]]]
+    ) -> Iterator[tuple[list[str], list[np.ndarray], np.ndarray]]:
+        """Join neighbours of one size into batches (B, 3, h, w)."""
         paths: list[str] = []
+        originals: list[np.ndarray] = []
         waiting: list[np.ndarray] = []
-        for path, image in images:
-            if waiting and (len(waiting) == self.batch or waiting[0].shape != image.shape):
-                yield paths, np.stack(waiting)
-                paths, waiting = [], []
+        for path, (image, pixels) in images:
+            if waiting and (len(waiting) == self.batch or waiting[0].shape != pixels.shape):
+                yield paths, originals, np.stack(waiting)
+                paths, originals, waiting = [], [], []
             paths.append(path)
-            waiting.append(image)
+            originals.append(image)
+            waiting.append(pixels)
         if waiting:
-            yield paths, np.stack(waiting)
+            yield paths, originals, np.stack(waiting)
+
+    def _answers(
+        self, request: ov.InferRequest, paths: list[str], images: list[np.ndarray], maps: bool
+    ) -> Iterator[Scored]:
+        """Wait for a request and yield the verdict on each image of its batch."""
+        request.wait()
+        latency = request.latency / 1000
+        scores = request.get_tensor(RAW_SCORE if self.verdict else "pred_score").data.reshape(-1).copy()
+        anomaly_maps = None
+        if maps or self.ignored is not None:
+            anomaly_maps = request.get_tensor(RAW_MAP if self.verdict else "anomaly_map").data.copy()
+        labels = request.get_tensor("pred_label").data.reshape(-1).copy() if self.labels and not self.verdict else None
+        for index, (path, image) in enumerate(zip(paths, images, strict=True)):
+            anomaly_map = None if anomaly_maps is None else anomaly_maps[index].reshape(anomaly_maps.shape[-2:])
+            if self.verdict is None:
+                label = "" if labels is None else "anomalous" if labels[index] else "normal"
+                judged: tuple[float, float, str, float | None] = (float(scores[index]), math.nan, label, None)
+            else:
+                judged = self._judge(scores[index], anomaly_map)
+            yield Scored(path, *judged, latency, *(self._shown(image, anomaly_map) if maps else ()))
+
+    def _judge(self, raw: np.float32, anomaly_map: np.ndarray | None) -> tuple[float, float, str, float | None]:
+        """Score, raw score, label and percentile of a raw image score; a mask's part of the raw map is cleared."""
+        verdict = self.verdict
+        assert verdict is not None  # noqa: S101  # for the type checker
+        if self.ignored is not None and anomaly_map is not None:
+            anomaly_map[shrunk(self.ignored, anomaly_map.shape)] = 0
+            raw = np.float32(verdict.image_score(anomaly_map))
+        limit = verdict.image.limit if verdict.normalize else np.float32(verdict.image.raw_limit)
+        score = verdict.image.normalize(raw) if verdict.normalize else raw
+        known = verdict.label and not math.isnan(verdict.image.threshold)
+        label = ("anomalous" if score > limit else "normal") if known else ""
+        return float(score), float(raw), label, verdict.percentile(float(raw))
+
+    def _shown(self, image: np.ndarray, raw_map: Any) -> tuple[tuple[Region, ...], np.ndarray, np.ndarray]:
+        """Regions, the image, and its map on the scale of the scores."""
+        scale = AS_EXPORTED if self.verdict is None else self.verdict.pixel
+        normalizes = self.verdict is not None and self.verdict.normalize
+        anomaly_map = scale.normalize(raw_map) if normalizes else raw_map
+        return tuple(regions(anomaly_map, self.pixel_limit, image.shape[:2])), image, anomaly_map
+
+    @property
+    def pixel_limit(self) -> float:
+        """Values of ``anomaly_map`` above it are anomalous."""
+        if self.verdict is None:
+            return float(AS_EXPORTED.limit)
+        return float(self.verdict.pixel.limit) if self.verdict.normalize else self.verdict.pixel.raw_limit
 
 
-def _read_model(core: ov.Core, path: Path, batch: int) -> ov.Model:
-    """Read an exported model that takes requests of ``batch`` images.
+def check(hint: str, precision: str, batch: int, threads: int | None) -> None:
+    """Refuse settings that no model takes.
 
     Raises:
-        STPMError: The file is missing, or no such model.
+        STPMError: One is out of range; names it.
     """
-    if not path.is_file():
-        msg = f"the model {path} does not exist: give the .xml file that `anomalib export` wrote."
+    for name, value, known in (("hint", hint, get_args(Hint)), ("precision", precision, get_args(Precision))):
+        if value not in known:
+            msg = f"{name}={value} must be one of {', '.join(known)}."
+            raise STPMError(msg)
+    for name, count in (("batch", batch), ("threads", threads)):
+        if count is not None and count < 1:
+            msg = f"{name}={count} must be at least 1."
+            raise STPMError(msg)
+
+
+def changed(
+    verdict: Verdict | None,
+    model: Path,
+    threshold: float | None,
+    sensitivity: float | None,
+    ignore: str | Path | None,
+) -> Verdict | None:
+    """A model's verdict with what was asked for instead.
+
+    Raises:
+        STPMError: The model describes no verdict, an option is out of range, or two contradict each other.
+    """
+    if threshold is not None and sensitivity is not None:
+        msg = "threshold and sensitivity both move the threshold: give one of them."
         raise STPMError(msg)
+    if threshold is None and sensitivity is None and ignore is None:
+        return verdict
+    if verdict is None:
+        msg = f"{model} describes no thresholds that could be changed: export its checkpoint again to OpenVINO."
+        raise STPMError(msg)
+    if threshold is not None:
+        return verdict.with_threshold(threshold)
+    return verdict if sensitivity is None else verdict.with_sensitivity(sensitivity)
+
+
+def in_words(
+    device: str, precision: str, threshold: float | None, sensitivity: float | None, ignore: str | Path | None
+) -> str:
+    """The options that decide a verdict: rows of equal words and of one model compare."""
+    words = [f"{device} {precision}"]
+    words += [] if threshold is None else [f"threshold {threshold:g}"]
+    words += [] if sensitivity is None else [f"sensitivity {sensitivity:g}"]
+    words += [] if ignore is None else [f"ignore {digest([Path(ignore)])[:8]}"]
+    return ", ".join(words)
+
+
+def compiled(core: ov.Core, network: ov.Model, device: str, options: dict[str, Any]) -> ov.CompiledModel:
+    """Compile a model for a device.
+
+    Raises:
+        STPMError: The device cannot run it, or does not exist.
+    """
     try:
-        network = core.read_model(path)
-        names = {name for output in network.outputs for name in output.get_names()}
-        shape = network.input(0).partial_shape
+        return core.compile_model(network, device, options)
     except RuntimeError as error:
-        msg = f"the model {path} cannot be read ({_last_line(error)}): export it again with `anomalib export`."
+        others = ", ".join(core.available_devices)
+        msg = f"device {device} cannot run the model ({last_line(error)}); there are: {others}."
         raise STPMError(msg) from None
-    if "pred_score" not in names or len(shape) != 4:
-        msg = f"the model {path} has no output pred_score: give one that `anomalib export` wrote."
-        raise STPMError(msg)
-    if shape[0].is_static and shape[0].get_length() != batch:
-        msg = f"the model {path} takes batches of {shape[0].get_length()}: give --batch {shape[0].get_length()}."
-        raise STPMError(msg)
-    return network
 
 
-def _last_line(error: Exception) -> str:
-    """Return the last line of an OpenVINO error: the message, below the source locations."""
-    return str(error).strip().splitlines()[-1].strip()
+def checked(name: str, image: Any) -> np.ndarray:
+    """Return an image that is (H, W, 3) of uint8.
+
+    Raises:
+        STPMError: It is something else, which would be misread.
+    """
+    if image is None:
+        msg = f"{name} is None: the file was not read; give Scorer.score its path to learn why."
+        raise STPMError(msg)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}".strip()
+        msg = f"{name} is {found}: give an array (height, width, 3) of uint8, as cameras and OpenCV do."
+        raise STPMError(msg)
+    if not image.size:
+        msg = f"{name} has no pixels."
+        raise STPMError(msg)
+    return image
+
+
+def _refuse(path: str) -> NoReturn:
+    """Raise for a file that cannot be read."""
+    msg = f"{path} {UNREADABLE}."
+    raise STPMError(msg)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 
 from ..errors import STPMError
-from ..false_alarms import Limit, found, images_needed, limit
+from ..false_alarms import Limit, found, in_words, limit
 
 DEFAULT_QUANTILE = 0.995  # where no other is asked for: one good image in 200
 NO_BASIS, HELD_OUT, VALIDATION = "none", "held-out good images", "validation set"
@@ -190,6 +190,26 @@ class STPMPostProcessor(PostProcessor):
         """Pixel threshold, a scalar on the scale of the map before normalisation; NaN before training."""
         return torch.where(self.pixel_limit.isnan(), super().pixel_threshold, self.pixel_limit)
 
+    @property
+    def normalized_image_threshold(self) -> Tensor:
+        """Image scores above this, a scalar, are anomalous; raw ones where nothing is normalised."""
+        if self.enable_normalization:
+            return super().normalized_image_threshold
+        return self._raw_limit(self.image_threshold, self.image_max - self.image_min, self.image_sensitivity)
+
+    @property
+    def normalized_pixel_threshold(self) -> Tensor:
+        """Map values above this, a scalar, are anomalous; raw ones where nothing is normalised."""
+        if self.enable_normalization:
+            return super().normalized_pixel_threshold
+        return self._raw_limit(self.pixel_threshold, self.pixel_max - self.pixel_min, self.pixel_sensitivity)
+
+    def _raw_limit(self, threshold: Tensor, value_range: Tensor, sensitivity: Any) -> Tensor:
+        """The raw value that normalisation would map to 1 - ``sensitivity``."""
+        if self.basis == HELD_OUT:
+            return threshold * (1 - sensitivity) / max(float(sensitivity), 1e-12)
+        return threshold + (0.5 - sensitivity) * value_range
+
     def normalize_batch(self, batch: Batch) -> None:
         """Normalise a batch's image scores (B,) and anomaly maps (B, 1, H, W) in place, by what set the thresholds."""
         if self.basis != HELD_OUT:
@@ -227,14 +247,7 @@ class STPMPostProcessor(PostProcessor):
         alarms = self.expected_alarms()
         if alarms is None:
             return f"{said}; false alarms unknown, since no good image was held out."
-        share = f"expected false alarms {alarms.expected:.2%} (90 % interval {alarms.low:.2%} to {alarms.high:.2%}"
-        if alarms.exact:
-            return f"{said}; {share}, by {alarms.images} held-out good images)."
-        return (
-            f"{said}; {share}). {alarms.images} held-out good images are too few for a quantile of {self.quantile:g}, "
-            f"which takes {images_needed(self.quantile)}: their scores are taken to be log-normal. Raise holdout or "
-            "add images to be sure."
-        )
+        return f"{said}; {in_words(alarms, self.quantile)}"
 
 
 HeldOut = tuple[Tensor, Tensor]  # image scores (N,) and maxima of the anomaly maps (N,), before normalisation

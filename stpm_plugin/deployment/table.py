@@ -1,0 +1,245 @@
+"""The CSV of verdicts: one row per image, each with the model and the image that it belongs to.
+
+A table is written only after its file is known to be one. It is changed in two ways: rows are appended, and a whole
+new file takes the old one's place. So a crash, a full disk or Ctrl-C leaves every row that was whole before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import STPMError
+from .images import VIDEOS
+from .scorer import Scored
+
+try:
+    import fcntl
+except ImportError:  # Windows, where an open file cannot be replaced anyway
+    fcntl = None  # type: ignore[assignment]
+
+COLUMNS = ("path", "score", "raw", "label", "percentile", "latency_ms", "bytes", "modified", "model", "settings")
+HEADER = ",".join(COLUMNS).encode()
+OLD_HEADER = b"path,score,label,latency_ms"  # of version 0.1.0
+
+
+class Stamp(NamedTuple):
+    """What tells an image from a later one under its name: size in bytes, and time of change in seconds, as text."""
+
+    bytes: str
+    modified: str
+
+
+def stamp(name: str | bytes) -> Stamp | None:
+    """The stamp of an image's file, or of the video of a frame; ``None`` if there is none."""
+    try:
+        found = os.stat(video_of(name) if isinstance(name, str) else name)  # noqa: PTH116  # for bytes too
+    except OSError:
+        return None
+    return Stamp(str(found.st_size), f"{found.st_mtime_ns // 10**9}.{found.st_mtime_ns % 10**9:09d}")
+
+
+def video_of(name: str) -> str:
+    """The file of an image or of a video's frame."""
+    file, mark, frame = name.rpartition("#")
+    return file if mark and frame.isdecimal() and Path(file).suffix.lower() in VIDEOS else name
+
+
+def cell(name: str) -> str:
+    """A name as its cell has it: bytes that are no text, and line ends, are escaped."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+class Table:
+    """The CSV of a model's verdicts, open for appending.
+
+    Args:
+        path: The file; a new one is made where there is none.
+        model: Hash of the model.
+        settings: What else decides a verdict, in words.
+        restart: Begin anew: rows of another model or other settings are dropped with the rest.
+        names: The images of this run.
+        log: Keep rows of images that have changed or are gone, as a log of a folder that is watched does.
+
+    Attributes:
+        rows: The newest row of each name, as cells.
+        replaced: Number of rows that were dropped because their images have changed.
+
+    Raises:
+        STPMError: The file is something else, of another model or other settings, or another process writes it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model: str,
+        settings: str,
+        restart: bool = False,
+        names: Iterable[str] = (),
+        log: bool = False,
+    ) -> None:
+        self.path, self.model, self.settings = path.resolve(), model, settings
+        self.replaced = 0
+        with _locked(self.path) as old:
+            kept = self._read(old, restart)
+            here = {cell(name): name for name in names}
+            fresh = kept if log else [row for row in kept if _stamp_of(row[0], here) == Stamp(row[6], row[7])]
+            self.replaced = len(kept) - len(fresh)
+            self.rows = {row[0]: row for row in fresh}
+            if old is None or self._torn or len(fresh) < len(kept) or restart:
+                self._replace(fresh)
+        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        _lock(self.file, self.path)
+        self.length = os.fstat(self.file).st_size
+
+    def has(self, name: str) -> bool:
+        """Whether an image, as it is now, has a row."""
+        row = self.rows.get(cell(name))
+        return row is not None and stamp(name) == Stamp(row[6], row[7])
+
+    def append(self, scored: Scored, seen: Stamp | None) -> None:
+        """Write a verdict's row; a row that does not fit on the disk leaves none.
+
+        Args:
+            scored: The verdict.
+            seen: Stamp of the image before it was read.
+        """
+        percentile = "" if scored.percentile is None else f"{scored.percentile:.4g}"
+        row = [
+            cell(scored.path),
+            f"{scored.score:.6g}",
+            "" if math.isnan(scored.raw) else f"{scored.raw:.6g}",
+            scored.label,
+            percentile,
+        ]
+        row += [f"{1000 * scored.latency:.2f}", *(seen or Stamp("", "")), self.model, self.settings]
+        line = _line(row)
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self.file, line[written:])
+        except OSError:
+            os.ftruncate(self.file, self.length)
+            raise
+        self.length += len(line)
+        self.rows[row[0]] = row
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.file)
+
+    def __enter__(self) -> Table:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        """Close the file."""
+        self.close()
+
+    def _read(self, old: io.BufferedReader | None, restart: bool) -> list[list[str]]:
+        """Read the whole rows of a file, after a look at its first line.
+
+        Raises:
+            STPMError: It is no table, or one of another model or other settings.
+        """
+        self._torn = False
+        if old is None:
+            return []
+        first = old.readline(4 * len(HEADER)).removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+        if first == OLD_HEADER:
+            msg = f"{self.path} is of version 0.1.0, which did not keep what a score belongs to: give --csv a new file."
+            raise STPMError(msg)
+        empty = old.tell() == 0
+        if not empty and first != HEADER:
+            msg = (
+                f"{self.path} is not a CSV of scores (its first row is not {HEADER.decode()}): give --csv another file."
+            )
+            raise STPMError(msg)
+        if restart:
+            return []
+        content = old.read()
+        self._torn = empty or (bool(content) and not content.endswith(b"\n"))
+        rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8", "replace"), newline="")) if row]
+        if self._torn and rows:
+            rows = rows[:-1]
+        whole = [row for row in rows if len(row) == len(COLUMNS)]
+        self._torn = self._torn or len(whole) < len(rows)
+        others = {(row[8], row[9]) for row in whole} - {(self.model, self.settings)}
+        if others:
+            model, settings = sorted(others)[0]
+            what = f"the model {model}" if model != self.model else f"other settings ({settings})"
+            mine = f"this model is {self.model}" if model != self.model else f"these are {self.settings}"
+            msg = (
+                f"{self.path} holds scores by {what}, and {mine}: give --csv another file, or --restart to replace it."
+            )
+            raise STPMError(msg)
+        return whole
+
+    def _replace(self, rows: Iterable[list[str]]) -> None:
+        """Write a new file beside the old one, and move it there."""
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with beside.open("wb") as new:
+                new.write(HEADER + b"\r\n")
+                new.writelines(_line(row) for row in rows)
+                new.flush()
+                os.fsync(new.fileno())
+            if self.path.exists():
+                shutil.copymode(self.path, beside)
+            beside.replace(self.path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _stamp_of(text: str, here: dict[str, str]) -> Stamp | None:
+    """The stamp of a cell's image, by its name in ``here`` or else by the cell, whatever the locale."""
+    file = video_of(text)
+    return stamp(here.get(file) or (file if os.name == "nt" else file.encode()))
+
+
+def _line(row: list[str]) -> bytes:
+    """A row as it stands in the file."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(row)
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[io.BufferedReader | None]:
+    """Open a file for reading while no other process writes it; yields ``None`` where there is none.
+
+    Raises:
+        STPMError: Another process writes it, or it is a device or a folder.
+    """
+    if not path.exists():
+        yield None
+        return
+    if not path.is_file():
+        msg = f"{path} is not a regular file: give --csv a file."
+        raise STPMError(msg)
+    with path.open("rb") as file:
+        _lock(file.fileno(), path)
+        yield file
+
+
+def _lock(file: int, path: Path) -> None:
+    """Lock an open file for this process.
+
+    Raises:
+        STPMError: Another process has it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        msg = f"{path} is being written by another process: wait for it, or give --csv another file."
+        raise STPMError(msg) from None

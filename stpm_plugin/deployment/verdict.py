@@ -1,0 +1,200 @@
+"""What turns raw scores into a verdict: thresholds, normalisation, and the held-out scores behind them.
+
+It takes three forms: NumPy, by which the scorer judges; operations appended to an exported graph, by which every other
+host judges; and text in the model's ``.xml``, from which the first form is read again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from ..errors import STPMError
+
+SECTION = "stpm"  # of the model's runtime information
+RAW_SCORE, RAW_MAP = "raw_pred_score", "raw_anomaly_map"  # tensors of the graph, before normalisation
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How one kind of value is normalised.
+
+    Attributes:
+        threshold: Raw value that becomes 0.5; NaN where none was set.
+        low: Lowest raw value of the validation set, for anomalib's min-max normalisation; ``None`` for
+            value / (value + threshold).
+        high: Highest raw value, likewise.
+        sensitivity: In [0, 1]; normalised values above 1 - sensitivity are anomalous.
+    """
+
+    threshold: float
+    low: float | None = None
+    high: float | None = None
+    sensitivity: float = 0.5
+
+    def normalize(self, values: Any) -> np.ndarray:
+        """Map raw values to [0, 1], float32, the threshold to 0.5; unchanged where there is nothing to map by."""
+        values, threshold = np.asarray(values, np.float32), np.float32(self.threshold)
+        if self.low is None or self.high is None:
+            return values if math.isnan(threshold) else values / (values + threshold)
+        if math.isnan(self.low):
+            return values
+        if self.low == self.high:
+            return np.where(values > threshold, 1, np.where(values < threshold, 0, 0.5)).astype(np.float32)
+        return np.clip((values - threshold) / np.float32(self.high - self.low) + np.float32(0.5), 0, 1)
+
+    @property
+    def limit(self) -> np.float32:
+        """Normalised values above this are anomalous."""
+        return np.float32(1) - np.float32(self.sensitivity)
+
+    @property
+    def raw_limit(self) -> float:
+        """Raw values above this are anomalous."""
+        if self.low is None or self.high is None:
+            return self.threshold * float(self.limit) / max(1 - float(self.limit), 1e-12)
+        return self.threshold + (float(self.limit) - 0.5) * (self.high - self.low)
+
+    def append(self, raw: ov.Output, normalize: bool) -> tuple[ov.Output, ov.Output]:
+        """Append normalisation and comparison to a graph's raw values; returns values and labels."""
+        if not normalize:
+            return raw, ops.greater(raw, np.float32(self.raw_limit)).output(0)
+        value, threshold = raw, np.float32(self.threshold)
+        if self.low is None or self.high is None:
+            if not math.isnan(threshold):
+                value = ops.divide(raw, ops.add(raw, threshold)).output(0)
+        elif self.low == self.high:
+            above, below = ops.greater(raw, threshold), ops.less(raw, threshold)
+            one, zero, half = (np.float32(number) for number in (1, 0, 0.5))
+            value = ops.select(above, one, ops.select(below, zero, half)).output(0)
+        elif not math.isnan(self.low):
+            scaled = ops.divide(ops.subtract(raw, threshold), np.float32(self.high - self.low))
+            value = ops.clamp(ops.add(scaled, np.float32(0.5)), 0.0, 1.0).output(0)
+        return value, ops.greater(value, self.limit).output(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Thresholds and normalisation of image scores and anomaly maps.
+
+    Attributes:
+        basis: What set the thresholds: ``held-out good images``, ``validation set``, ``new good images``, or ``none``.
+        image: Of the image scores.
+        pixel: Of the anomaly maps.
+        normalize: Whether scores and maps are normalised.
+        label: Whether labels and masks are given.
+        held_out_scores: Raw image scores of good images that trained nothing, ascending.
+        held_out_maxima: Raw maxima of their anomaly maps, ascending.
+        score_share: Share of the map whose mean is the image score, as in :class:`stpm_plugin.STPMModel`.
+        stride: Pixels of the map that the shallowest level tells apart, along a side.
+    """
+
+    basis: str
+    image: Scale
+    pixel: Scale
+    normalize: bool = True
+    label: bool = True
+    held_out_scores: tuple[float, ...] = ()
+    held_out_maxima: tuple[float, ...] = ()
+    score_share: float = 0.0
+    stride: int = 4
+
+    def with_threshold(self, threshold: float) -> Verdict:
+        """The verdict with another raw image threshold; the pixel threshold moves by the same factor.
+
+        Raises:
+            STPMError: It is not above 0, or the model has no threshold to move.
+        """
+        if not 0 < threshold < math.inf or math.isnan(self.image.threshold):
+            msg = f"threshold={threshold} must be above 0, on the scale of raw scores (--raw shows them)."
+            raise STPMError(msg)
+        factor = threshold / self.image.raw_limit
+        image = dataclasses.replace(self.image, threshold=threshold, sensitivity=0.5)
+        pixel = dataclasses.replace(self.pixel, threshold=self.pixel.raw_limit * factor, sensitivity=0.5)
+        return dataclasses.replace(self, image=image, pixel=pixel)
+
+    def with_sensitivity(self, sensitivity: float) -> Verdict:
+        """The verdict with another sensitivity, of labels and masks alike.
+
+        Raises:
+            STPMError: It is outside (0, 1).
+        """
+        if not 0 < sensitivity < 1:
+            msg = (
+                f"sensitivity={sensitivity} must lie between 0 and 1: above 0.5 finds more, below raises fewer alarms."
+            )
+            raise STPMError(msg)
+        image, pixel = (dataclasses.replace(scale, sensitivity=sensitivity) for scale in (self.image, self.pixel))
+        return dataclasses.replace(self, image=image, pixel=pixel)
+
+    def percentile(self, raw: float) -> float | None:
+        """Percentage of the held-out good images with a score below a raw score; ``None`` if there are none."""
+        if not self.held_out_scores or math.isnan(raw):
+            return None
+        return 100 * float(np.searchsorted(self.held_out_scores, raw)) / len(self.held_out_scores)
+
+    def image_score(self, anomaly_map: np.ndarray) -> float:
+        """Raw image score of a raw anomaly map (h, w): :func:`stpm_plugin.model.matching.image_score` in NumPy."""
+        if not self.score_share:
+            return float(anomaly_map.max())
+        side = min(self.stride, *anomaly_map.shape)
+        rows, columns = (length // side for length in anomaly_map.shape)
+        blocks = anomaly_map[: rows * side, : columns * side].reshape(rows, side, columns, side).mean((1, 3)).ravel()
+        count = max(1, len(blocks) * round(self.score_share * 1e6) // 10**6)
+        return float(np.sort(blocks)[-count:].mean())
+
+    def append_to(self, model: ov.Model, score: ov.Output, anomaly_map: ov.Output) -> ov.Model:
+        """Append itself to a graph, and describe itself there.
+
+        Args:
+            model: The graph.
+            score: Its raw image scores (B,).
+            anomaly_map: Its raw anomaly maps (B, 1, H, W).
+
+        Returns:
+            A model with the outputs of anomalib's exports: pred_score, pred_label, anomaly_map, pred_mask.
+        """
+        score.set_names({RAW_SCORE})
+        anomaly_map.set_names({RAW_MAP})
+        pred_score, pred_label = self.image.append(score, self.normalize)
+        pred_map, pred_mask = self.pixel.append(anomaly_map, self.normalize)
+        outputs = {"pred_score": pred_score, "pred_label": pred_label, "anomaly_map": pred_map, "pred_mask": pred_mask}
+        if not self.label:
+            del outputs["pred_label"], outputs["pred_mask"]
+        results = []
+        for name, value in outputs.items():
+            # A name belongs to one tensor: where nothing was appended, the raw values keep theirs.
+            value = ops.convert(value, value.get_element_type()).output(0) if value in (score, anomaly_map) else value
+            value.set_names({name})
+            results.append(ops.result(value))
+        whole = ov.Model(results, model.get_parameters(), model.get_friendly_name())
+        for name, text in {"verdict": json.dumps(dataclasses.asdict(self)), "format": str(FORMAT)}.items():
+            whole.set_rt_info(text, [SECTION, name])
+        return whole
+
+
+def read_verdict(model: ov.Model, path: Any) -> Verdict | None:
+    """Read the verdict of an exported model; ``None`` where it has none: another model's, or of version 0.1.0.
+
+    Raises:
+        STPMError: A newer version of this package wrote it.
+    """
+    if not model.has_rt_info([SECTION, "verdict"]):
+        return None
+    found = int(model.get_rt_info([SECTION, "format"]).astype(int))
+    if found > FORMAT:
+        msg = f"{path} was exported by a newer stpm_plugin (format {found}, this one reads {FORMAT}): upgrade it here."
+        raise STPMError(msg)
+    fields = json.loads(model.get_rt_info([SECTION, "verdict"]).astype(str))
+    for name in ("image", "pixel"):
+        fields[name] = Scale(**fields[name])
+    for name in ("held_out_scores", "held_out_maxima"):
+        fields[name] = tuple(fields[name])
+    return Verdict(**fields)

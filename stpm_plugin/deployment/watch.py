@@ -1,0 +1,60 @@
+"""Wait for the images that a camera drops into folders, and for each until it is written to its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ..errors import STPMError
+from .images import decode, images_below
+from .table import Stamp, stamp
+
+SETTLED = 0.5  # seconds that a file has not changed for: most writers pause for less
+PATIENCE = 10.0  # seconds after which a file that still cannot be read is reported
+LOOK = 1000  # milliseconds between two looks where the system tells of no change, as on a network's drive
+
+
+def arrivals(
+    folders: Sequence[str], known: Callable[[str], bool], unreadable: Callable[[str], None]
+) -> Iterator[list[str]]:
+    """Yield the image files that are new and whole, as they come; it does not end by itself.
+
+    A file is whole once it has not changed for half a second and can be read as an image.
+
+    Args:
+        folders: Where to look, below them too.
+        known: Whether a file, as it is now, was dealt with.
+        unreadable: Called once with the path of each file that has not changed for ten seconds and cannot be read.
+
+    Raises:
+        STPMError: A source is not a folder, or watchfiles is not installed.
+    """
+    for folder in folders:
+        if not Path(folder).is_dir():
+            msg = f"--watch takes folders, and {folder} is none."
+            raise STPMError(msg)
+    try:
+        from watchfiles import watch
+    except ImportError:
+        msg = "--watch needs watchfiles: pip install watchfiles."
+        raise STPMError(msg) from None
+    seen: dict[str, tuple[Stamp, float]] = {}  # stamp, and when it was new
+    given_up: dict[str, Stamp] = {}
+    for _ in watch(*folders, rust_timeout=LOOK, yield_on_timeout=True, debounce=200, raise_interrupt=True):
+        whole = []
+        for path in dict.fromkeys(path for folder in folders for path in images_below(Path(folder))):
+            now, found = time.monotonic(), stamp(path)
+            if found is None or known(path) or given_up.get(path) == found:
+                continue
+            if path not in seen or seen[path][0] != found:
+                seen[path] = (found, now)
+            elif now - seen[path][1] >= SETTLED:
+                if decode(path) is not None:
+                    whole.append(path)
+                    del seen[path]
+                elif now - seen[path][1] >= PATIENCE:
+                    given_up[path] = found
+                    unreadable(path)
+        if whole:
+            yield whole

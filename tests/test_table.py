@@ -1,0 +1,275 @@
+"""The CSV of verdicts: what a row belongs to, and what becomes of the file."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import MODEL, rows, run
+
+from stpm_plugin import STPM
+from stpm_plugin.commands import score
+from stpm_plugin.deployment.scorer import Scored
+from stpm_plugin.deployment.table import COLUMNS, Table, stamp
+from stpm_plugin.errors import STPMError
+
+
+@pytest.fixture
+def images(numbered_images, tmp_path) -> Path:
+    """A folder of images of the test's own."""
+    return Path(shutil.copytree(numbered_images, tmp_path / "images"))
+
+
+def names(table: Path) -> list[str]:
+    return [Path(row["path"]).name for row in rows(table)]
+
+
+def test_a_half_done_table_is_resumed(exported, images, tmp_path):
+    whole, half = tmp_path / "whole.csv", tmp_path / "half.csv"
+    assert score.main([str(exported), str(images), "--csv", str(whole)]) == 0
+    half.write_bytes(whole.read_bytes()[:-20])  # the last row is cut off
+    kept = rows(half)[:4]
+    assert score.main([str(exported), str(images), "--csv", str(half)]) == 0
+    assert rows(half)[:4] == kept
+    assert [row["raw"] for row in rows(half)] == [row["raw"] for row in rows(whole)]
+    before = half.read_bytes()
+    assert score.main([str(exported), str(images), "--csv", str(half)]) == 0
+    assert half.read_bytes() == before
+
+
+def test_an_image_that_changed_is_scored_again_and_one_that_is_gone_leaves(exported, images, tmp_path, capsys):
+    table = tmp_path / "s.csv"
+    score.main([str(exported), str(images), "--csv", str(table)])
+    before = {row["path"]: row for row in rows(table)}
+    latest, gone = images / "frame 7.png", images / "frame 8.png"
+    shutil.copyfile(images / "frame 11.png", latest)
+    gone.unlink()
+    score.main([str(exported), str(images), "--csv", str(table)])
+    after = {row["path"]: row for row in rows(table)}
+    assert str(gone) not in after
+    assert after[str(latest)]["raw"] == before[str(images / "frame 11.png")]["raw"] != before[str(latest)]["raw"]
+    assert all(after[path] == before[path] for path in after if path != str(latest))
+    assert "2 images have changed or are gone" in capsys.readouterr().err
+
+
+def test_the_same_bytes_at_another_time_are_another_image(exported, images, tmp_path):
+    table = tmp_path / "s.csv"
+    score.main([str(exported), str(images), "--csv", str(table)])
+    os.utime(images / "frame 9.png", ns=(0, 10**18 + 1))
+    score.main([str(exported), str(images), "--csv", str(table)])
+    assert rows(table)[-1]["modified"] == "1000000000.000000001"
+    assert len(rows(table)) == 5
+
+
+@pytest.mark.parametrize("option", ["model", "settings"])
+def test_rows_of_another_model_or_other_settings_are_refused(option, exported, images, tmp_path, capsys):
+    table = tmp_path / "s.csv"
+    score.main([str(exported), str(images), "--csv", str(table)])
+    before = table.read_bytes()
+    command = [str(exported), str(images), "--csv", str(table)]
+    if option == "settings":
+        command += ["--sensitivity", "0.7"]
+    else:
+        command[0] = str(shutil.copy(exported, tmp_path / "other.xml"))
+        weights = bytearray(exported.with_suffix(".bin").read_bytes())
+        weights[-1] ^= 1
+        (tmp_path / "other.bin").write_bytes(weights)
+    assert score.main(command) == 1
+    said = capsys.readouterr().err
+    assert ("holds scores by the model" if option == "model" else "holds scores by other settings (CPU f32)") in said
+    assert "--restart" in said
+    assert table.read_bytes() == before
+    assert score.main([*command, "--restart"]) == 0
+    assert len(rows(table)) == 5
+
+
+HEADER = ",".join(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"a": 1}', "is not a CSV of scores"),
+        (b"id,price\r\n1,2\r\n3,4", "is not a CSV of scores"),
+        (b"PK\x03\x04\x00\x00\xff", "is not a CSV of scores"),
+        (b"\n\nnotes", "is not a CSV of scores"),
+        (b"path,score,label,latency_ms\r\n/a.png,0.5,normal,1\r\n", "is of version 0.1.0"),
+        (HEADER.encode()[:-3], "is not a CSV of scores"),
+    ],
+)
+def test_a_file_of_something_else_stays_as_it_is(content, words, exported, images, tmp_path, capsys):
+    table = tmp_path / "theirs"
+    table.write_bytes(content)
+    for more in ([], ["--restart"]):
+        assert score.main([str(exported), str(images), "--csv", str(table), *more]) == 1
+        assert words in capsys.readouterr().err
+        assert table.read_bytes() == content
+
+
+def test_an_empty_file_a_blank_line_and_a_damaged_row_are_no_obstacle(exported, images, tmp_path):
+    table = tmp_path / "s.csv"
+    table.touch()
+    assert score.main([str(exported), str(images), "--csv", str(table)]) == 0
+    lines = table.read_bytes().splitlines(keepends=True)
+    table.write_bytes(b"".join([b"\xef\xbb\xbf" + lines[0], lines[1], b"\r\n", b"/cut,0.5\r\n", *lines[2:]]))
+    assert score.main([str(exported), str(images), "--csv", str(table)]) == 0
+    assert table.read_bytes() == b"".join(lines)
+
+
+def test_one_image_by_two_spellings_is_one(exported, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(images)
+    sources = ["images", str(images / "frame 7.png"), "./images/../images/*.png", "link"]
+    assert score.main([str(exported), *sources]) == 0
+    assert names(tmp_path / "scores.csv") == [f"frame {number}.png" for number in (7, 8, 9, 10, 11)]
+
+
+def test_names_that_are_no_text(exported, images, tmp_path):
+    source = (images / "frame 7.png").read_bytes()
+    shutil.rmtree(images)
+    images.mkdir()
+    for name in (b"\xff.png", "ä ,\"'.png".encode(), b"=1+1.png", b"two\nlines.png"):
+        with open(os.fsencode(images) + b"/" + name, "wb") as file:  # noqa: PTH123  # a name of bytes
+            file.write(source)
+    table = tmp_path / "s.csv"
+    command = ("-m", "stpm_plugin.score", str(exported), str(images), "--csv", str(table), "--json")
+    for _ in range(2):  # the second finds every row
+        said = run(*command, env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+        assert sorted(names(table)) == sorted(["=1+1.png", "\\xff.png", "ä ,\"'.png", "two\\nlines.png"])
+    assert "4 scored" in said or "of 4 anomalous" in said
+    assert all(row["path"].startswith("/") for row in rows(table))  # no cell is a formula
+
+
+def test_two_processes_write_no_table_together(exported, images, tmp_path, capsys):
+    table = tmp_path / "s.csv"
+    with Table(table, "model", "settings"):
+        assert score.main([str(exported), str(images), "--csv", str(table)]) == 1
+    assert "is being written by another process" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_whole_rows(images, tmp_path, monkeypatch):
+    one = Scored(str(images / "frame 7.png"), 0.25, 0.5, "normal", None, 0.001)
+    write = os.write
+    with Table(tmp_path / "s.csv", "model", "settings") as table:
+        table.append(one, stamp(one.path))
+        before = (tmp_path / "s.csv").read_bytes()
+
+        def full(file, line):
+            if len(line) > 20:
+                return write(file, line[:20])
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            table.append(one._replace(path=str(images / "frame 8.png")), None)
+        assert (tmp_path / "s.csv").read_bytes() == before
+        monkeypatch.setattr(os, "write", write)
+        table.append(one._replace(path=str(images / "frame 8.png")), None)
+    assert names(tmp_path / "s.csv") == ["frame 7.png", "frame 8.png"]
+
+
+LIMITED = """
+import resource, sys
+from stpm_plugin.commands.score import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_command_says_that_there_is_no_room_and_resumes(exported, images, tmp_path):
+    """A limit of 500 bytes a file, in place of a full disk."""
+    table = tmp_path / "s.csv"
+    said = run("-c", LIMITED, str(exported), str(images), "--csv", str(table), check=False)
+    assert "fix this, then run the command again to resume" in said
+    assert "Traceback" not in said
+    assert 0 < len(rows(table)) < 5
+    before = table.read_bytes()
+    assert score.main([str(exported), str(images), "--csv", str(table)]) == 0
+    assert table.read_bytes().startswith(before)
+    assert len(set(names(table))) == len(rows(table)) == 5
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_command_leaves_whole_rows_and_is_resumed(sent, exported, numbered_images, tmp_path):
+    many, table = tmp_path / "many", tmp_path / "s.csv"
+    many.mkdir()
+    for number in range(300):
+        os.link(numbered_images / "frame 7.png", many / f"{number}.png")
+    command = [sys.executable, "-m", "stpm_plugin.score", str(exported), str(many), "--csv", str(table)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (table.exists() and len(table.read_bytes().splitlines()) > 5):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(sent)
+    said = process.communicate(timeout=60)[1]
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert "stopped; run the command again to resume" in said
+        assert "Traceback" not in said
+    before = table.read_bytes()
+    assert len(rows(table)) < 300
+    assert score.main([str(exported), str(many), "--csv", str(table)]) == 0
+    assert table.read_bytes().startswith(before[: before.rindex(b"\n")])
+    assert names(table) == [f"{number}.png" for number in range(300)]
+    assert not list(tmp_path.glob(".s.csv*"))
+
+
+def test_json_lines_hold_regions_and_the_exit_code_tells(exported, demo_root, tmp_path, capsys):
+    images = str(next(demo_root.glob("*/test")))
+    command = [str(exported), images, "--csv", str(tmp_path / "s.csv"), "--json", "--fail-on-anomaly"]
+    code = score.main([*command, "--sensitivity", "0.99"])
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
+    assert len(found) == len(rows(tmp_path / "s.csv"))
+    anomalous = sum(one["label"] == "anomalous" for one in found)
+    assert anomalous > 0
+    assert code == 3
+    assert f"{anomalous} of {len(found)} anomalous, {tmp_path / 's.csv'}" in err
+    for one in found:
+        height, width = cv2.imread(one["path"]).shape[:2]
+        for region in one["regions"]:
+            assert 0 <= region["x"] < region["x"] + region["w"] <= width
+            assert 0 <= region["y"] < region["y"] + region["h"] <= height
+            assert 0 < region["area"] <= region["w"] * region["h"]
+    assert score.main([*command, "--restart", "--threshold", "2"]) == 0
+
+
+def test_a_video_is_scored_by_frames_and_resumed(exported, numbered_images, tmp_path):
+    video, table = tmp_path / "line.avi", tmp_path / "s.csv"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 64))
+    for number in range(6):
+        writer.write(np.full((64, 64, 3), 40 * number, np.uint8))
+    writer.release()
+    assert score.main([str(exported), str(video), "--csv", str(table)]) == 0
+    whole = table.read_bytes()
+    assert names(table) == [f"line.avi#{number}" for number in range(6)]
+    assert len({row["raw"] for row in rows(table)}) > 1
+    lines = whole.splitlines(keepends=True)
+    table.write_bytes(b"".join(lines[:4]))
+    assert score.main([str(exported), str(video), "--csv", str(table)]) == 0
+    assert [row["raw"] for row in rows(table)] == [line.split(b",")[2].decode() for line in lines[1:]]
+
+
+def test_float_and_rounded_exports_of_one_model_lie_side_by_side(trained, demo, tmp_path):
+    model = STPM.load_from_checkpoint(trained[2])
+    assert MODEL["backbone"] == model.model.backbone
+    paths = [model.to_openvino(tmp_path, compression_type=kind, datamodule=demo) for kind in (None, "fp16", "int8_ptq")]
+    assert [path.name for path in paths] == ["model.xml", "model_fp16.xml", "model_int8_ptq.xml"]
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == sorted(
+        f"{path.stem}{suffix}" for path in paths for suffix in (".bin", ".xml")
+    )
+
+
+def test_a_table_that_is_refused_is_not_touched(tmp_path):
+    (tmp_path / "s.csv").write_text(f"{HEADER}\r\n/a.png,1,1,,,1,1,1.0,other,x\r\n/cut")
+    before = (tmp_path / "s.csv").read_bytes()
+    with pytest.raises(STPMError, match="holds scores by the model other"):
+        Table(tmp_path / "s.csv", "mine", "x")
+    assert (tmp_path / "s.csv").read_bytes() == before
