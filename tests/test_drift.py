@@ -1,0 +1,106 @@
+"""Scores that leave the held-out ones, and thresholds that are set anew on an exported model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+from conftest import rows, run
+from scipy import stats
+
+from stpm_plugin.commands import score, threshold
+from stpm_plugin.deployment.drift import WINDOW, Drift, describe, shifts
+from stpm_plugin.deployment.scorer import Scorer
+from stpm_plugin.false_alarms import limit
+
+KEPT = Path(__file__).parents[1] / "benchmarks/results/false_alarms.json"
+
+
+def test_the_gaps_are_those_of_kolmogorov_and_smirnov():
+    rng = np.random.default_rng(0)
+    reference, sample = rng.lognormal(size=40), rng.lognormal(0.3, size=30)
+    higher, lower = shifts(reference, sample)
+    assert higher == pytest.approx(stats.ks_2samp(sample, reference, "less").statistic)
+    assert lower == pytest.approx(stats.ks_2samp(sample, reference, "greater").statistic)
+
+
+def test_a_change_is_noticed_in_one_window_and_defects_are_none():
+    rng = np.random.default_rng(0)
+    held_out = np.sort(rng.lognormal(-2, 0.2, 40))
+    good = rng.lognormal(-2, 0.2, 10 * WINDOW)
+    drift = Drift(held_out)
+    assert not any(drift.add(value) for value in good)
+    with_defects = good.copy()
+    with_defects[::10] *= 3  # a tenth of the parts
+    assert not any(drift.add(value) for value in with_defects)
+    said = [drift.add(1.5 * value) for value in good[:WINDOW]]
+    assert said[:-1] == [None] * (WINDOW - 1)
+    assert f"the last {WINDOW} images score above the 40 held-out good ones" in said[-1]
+    assert "score below" in [drift.add(0.6 * value) for value in good[:WINDOW]][-1]
+    assert not Drift(held_out[:5]).ready
+
+
+@pytest.mark.parametrize("category", sorted({row["category"] for row in json.loads(KEPT.read_text()).values()}))
+def test_good_test_images_of_real_parts_are_no_change(category):
+    """Raw scores of good images that a kept run held out, beside those of the official test split."""
+    (row,) = (row for row in json.loads(KEPT.read_text()).values() if row["category"] == category)
+    held_out, good, rng = np.sort(row["held_out_scores"]), row["test_scores"], np.random.default_rng(0)
+    warned = [describe(held_out, rng.choice(good, WINDOW)) is not None for _ in range(400)]
+    assert np.mean(warned) <= 0.02
+    assert describe(held_out, 1.5 * rng.choice(good, WINDOW)) is not None
+
+
+def test_the_command_warns(exported, demo_root, tmp_path, capsys, monkeypatch):
+    scorer = Scorer(exported)
+    monkeypatch.setattr("stpm_plugin.commands.score.Drift", lambda _: Drift([0.01 * n for n in range(20)]))
+    folder = tmp_path / "many"
+    folder.mkdir()
+    source = next(demo_root.glob("*/test/good/000.png"))
+    for number in range(WINDOW):
+        (folder / f"{number}.png").symlink_to(source)
+    assert score.main([str(exported), str(folder), "--csv", str(tmp_path / "s.csv")]) == 0
+    said = capsys.readouterr().err
+    assert f"warning: the last {WINDOW} images score above" in said
+    assert "light, camera or product has changed" in said
+    assert len(scorer.verdict.held_out_scores) == 2  # what the model itself holds, too few to tell
+
+
+def test_a_threshold_is_set_anew_by_the_rule_and_every_host_takes_it(exported, demo_root, tmp_path, capsys):
+    good, new = str(next(demo_root.glob("*/train/good"))), tmp_path / "new.xml"
+    assert threshold.main([str(exported), good, "--false-alarms", "0.1", "--out", str(new)]) == 0
+    said = capsys.readouterr().out
+    table = tmp_path / "s.csv"
+    assert score.main([str(new), good, "--csv", str(table)]) == 0
+    raw = np.array([float(row["raw"]) for row in rows(table)])
+    scorer = Scorer(new)
+    assert scorer.verdict.image.threshold == pytest.approx(limit(raw, 0.9).value, rel=1e-5)
+    assert f"image threshold {limit(raw, 0.9).value:.4g}; expected false alarms" in said
+    assert scorer.verdict.basis == "new good images"
+    assert scorer.digest != Scorer(exported).digest
+    graph = ov.compile_model(new, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for one, row in zip(scorer.score([row["path"] for row in rows(table)], maps=True), rows(table), strict=True):
+        pixels = one.image[:, :, ::-1].transpose(2, 0, 1)[None].astype(np.float32) / 255
+        assert graph(pixels)["pred_score"].item() == pytest.approx(float(row["score"]), abs=1e-4)
+        assert graph(pixels)["pred_label"].item() == (row["label"] == "anomalous")
+        assert float(row["score"]) == pytest.approx(one.raw / (one.raw + scorer.verdict.image.threshold), abs=1e-5)
+
+
+def test_a_threshold_takes_good_readable_images_and_shows_itself(exported, demo_root, tmp_path, capsys):
+    assert threshold.main([str(exported)]) == 0
+    assert "pixel threshold" in capsys.readouterr().out
+    (tmp_path / "x.png").write_bytes(b"no image")
+    for arguments, words in [
+        (["x.png"], "x.png cannot be read as an image"),
+        ([str(demo_root), "--false-alarms", "1"], "--false-alarms 1.0 must lie between 0 and 1"),
+    ]:
+        assert threshold.main([str(exported), *arguments]) == 1
+        assert words in capsys.readouterr().err
+    assert not list(exported.parent.glob("*threshold*"))
+
+
+def test_a_threshold_needs_neither_torch_nor_anomalib(exported, demo_root, tmp_path):
+    code = "import sys; from stpm_plugin.threshold import main; print(main(sys.argv[1:]), "
+    code += "[name for name in ('torch', 'anomalib', 'lightning', 'timm') if name in sys.modules])"
+    good = str(next(demo_root.glob("*/train/good")))
+    assert run("-c", code, str(exported), good, "--out", str(tmp_path / "new.xml")).strip().endswith("0 []")

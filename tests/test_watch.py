@@ -1,0 +1,112 @@
+"""The folder that a camera writes to, through the command in a process of its own."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import rows
+
+DEADLINE = 60  # seconds
+
+
+@contextmanager
+def watching(exported, folder, table, *more, stop=signal.SIGINT):
+    """The command, watching; yields its process and stops it at the end."""
+    command = [sys.executable, "-m", "stpm_plugin.score", str(exported), str(folder), "--watch", "--csv", str(table)]
+    process = subprocess.Popen([*command, *more], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.send_signal(stop)
+        process.said = process.communicate(timeout=DEADLINE)[1]
+
+
+def wait_for(table: Path, count: int) -> list[str]:
+    """Wait until a table has so many rows; returns the names."""
+    end = time.monotonic() + DEADLINE
+    while not table.exists() or len(rows(table)) < count:
+        assert time.monotonic() < end, f"{len(rows(table)) if table.exists() else 'no'} rows of {count}"
+        time.sleep(0.05)
+    return [Path(row["path"]).name for row in rows(table)]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "line").mkdir()
+    return tmp_path / "line"
+
+
+def test_what_a_camera_drops_is_scored_once_and_whole(exported, numbered_images, folder, tmp_path):
+    table, source = tmp_path / "s.csv", (numbered_images / "frame 9.png").read_bytes()
+    shutil.copy(numbered_images / "frame 7.png", folder / "early.png")
+    (folder / "notes.txt").write_text("no image")
+    with watching(exported, folder, table, "--heatmaps", str(folder / "maps")) as process:
+        assert wait_for(table, 1) == ["early.png"]
+        with (folder / "slow.png").open("wb") as slow:
+            slow.write(source[: len(source) // 2])
+            slow.flush()
+            time.sleep(2)  # it rests, half written
+            assert len(rows(table)) == 1
+            slow.write(source[len(source) // 2 :])
+        (folder / "sub").mkdir()
+        shutil.copy(numbered_images / "frame 8.png", folder / "sub/later.png")
+        assert set(wait_for(table, 3)) == {"early.png", "slow.png", "later.png"}
+        shutil.copy(numbered_images / "frame 11.png", folder / "early.png")  # the camera overwrites its image
+        assert wait_for(table, 4)[-1] == "early.png"
+        time.sleep(1.5)
+        assert len(rows(table)) == 4
+    assert process.returncode == 0
+    assert f"4 anomalous, {table}" in process.said
+    first, last = (row for row in rows(table) if row["path"].endswith("early.png"))
+    assert (first["bytes"], first["modified"]) != (last["bytes"], last["modified"])
+    assert (folder / "maps/sub/later.png.heatmap.jpg").is_file()
+    assert "Traceback" not in process.said
+
+
+def test_a_killed_watch_loses_none_and_repeats_none(exported, numbered_images, folder, tmp_path):
+    table = tmp_path / "s.csv"
+    for number in range(40):
+        os.link(numbered_images / "frame 7.png", folder / f"{number}.png")
+    with watching(exported, folder, table, stop=signal.SIGKILL):
+        wait_for(table, 3)
+    for number in range(40, 50):
+        os.link(numbered_images / "frame 7.png", folder / f"{number}.png")
+    with watching(exported, folder, table):
+        found = wait_for(table, 50)
+    assert sorted(found) == sorted(f"{number}.png" for number in range(50))
+
+
+FULL = """
+import os, sys
+from pathlib import Path
+from stpm_plugin.commands import score
+score.AGAIN = 0.2
+write = os.write
+def full(file, line):
+    if len(line) > 60 and not Path(sys.argv[-1]).exists():
+        raise OSError(28, "No space left on device")
+    return write(file, line)
+os.write = full
+sys.exit(score.main(sys.argv[1:-1]))
+"""
+
+
+def test_a_full_disk_is_waited_for(exported, numbered_images, folder, tmp_path):
+    table, room = tmp_path / "s.csv", tmp_path / "room"
+    for number in (7, 8, 9):
+        shutil.copy(numbered_images / f"frame {number}.png", folder)
+    command = [sys.executable, "-c", FULL, str(exported), str(folder), "--watch", "--csv", str(table), str(room)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines = iter(process.stderr.readline, "")
+    assert any("No space left on device; trying again" in line for line in lines)
+    assert rows(table) == []
+    room.touch()
+    assert sorted(wait_for(table, 3)) == ["frame 7.png", "frame 8.png", "frame 9.png"]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE) == 0
