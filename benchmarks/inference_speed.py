@@ -57,9 +57,9 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {  # exported file, OpenVINO's
     "OpenVINO FP32": ("stpm/weights/openvino/model.xml", FLOAT32),
     "OpenVINO FP32, plain head": ("stpm-plain/weights/openvino/model.xml", FLOAT32),
     "OpenVINO bf16": ("stpm/weights/openvino/model.xml", BFLOAT16),
-    "OpenVINO FP16 file, bf16": ("stpm-fp16/weights/openvino/model.xml", BFLOAT16),
-    "OpenVINO INT8, rest float32": ("stpm-int8/weights/openvino/model.xml", FLOAT32),
-    "OpenVINO INT8, rest bf16": ("stpm-int8/weights/openvino/model.xml", BFLOAT16),
+    "OpenVINO FP16 file, bf16": ("stpm-fp16/weights/openvino/model_fp16.xml", BFLOAT16),
+    "OpenVINO INT8, rest float32": ("stpm-int8/weights/openvino/model_int8_ptq.xml", FLOAT32),
+    "OpenVINO INT8, rest bf16": ("stpm-int8/weights/openvino/model_int8_ptq.xml", BFLOAT16),
     "OpenVINO INT8 as anomalib does it": ("stpm-plain-int8/weights/openvino/model.xml", {}),
     "anomalib Stfpm after 2 passes, OpenVINO": ("stfpm/weights/openvino/model.xml", {}),
     "anomalib PaDiM, OpenVINO": ("padim/weights/openvino/model.xml", {}),
@@ -336,19 +336,16 @@ def files(args: argparse.Namespace) -> None:
         os.chdir(folder)  # anomalib's inferencer leaves a cache in the working directory
         models = {
             "FP32": (args.work / "screw" / VARIANTS["OpenVINO FP32"][0], "f32"),
-            "bf16": (args.work / "screw" / VARIANTS["OpenVINO bf16"][0], None),
-            "INT8": (args.work / "screw" / VARIANTS["OpenVINO INT8, rest bf16"][0], None),
+            "bf16": (args.work / "screw" / VARIANTS["OpenVINO bf16"][0], "bf16"),
+            "INT8": (args.work / "screw" / VARIANTS["OpenVINO INT8, rest bf16"][0], "bf16"),
         }
         rates: dict[str, list[float]] = defaultdict(list)
         for _ in range(3):
             for name, (model, precision) in models.items():
-                chosen = ["--precision", precision] if precision else []
                 start = time.perf_counter()
-                scored(model, paths, folder / "scores.csv", chosen)
+                scored(model, paths, folder / "scores.csv", ["--precision", precision])
                 rates[f"stpm_plugin.score, {name}"].append(len(paths) / (time.perf_counter() - start))
-                inferencer = OpenVINOInferencer(
-                    model, config={"INFERENCE_PRECISION_HINT": precision} if precision else None
-                )
+                inferencer = OpenVINOInferencer(model, config={"INFERENCE_PRECISION_HINT": precision})
                 start = time.perf_counter()
                 for path in paths:
                     inferencer.predict(path)

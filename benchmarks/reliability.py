@@ -234,13 +234,13 @@ def predict(checkpoint: Path, data: Path | None = None) -> tuple[str, ...]:
 
 def score(images: Path | str, table: str = "scores.csv", model: Path | None = None) -> tuple[str, ...]:
     """Arguments that score."""
-    return (*SCORE, str(model or whole().model), str(images), "--csv", table, "--precision", "f32")
+    return (*SCORE, str(model or whole().model), str(images), "--csv", table)
 
 
 def rows(table: Path) -> list[list[str]]:
-    """A CSV's paths, scores and labels; times differ from run to run."""
-    with table.open(newline="") as file:
-        return [row[:3] for row in csv.reader(file)]
+    """A CSV's paths, scores, raw scores and labels; times differ from run to run."""
+    with table.open(newline="", encoding="utf-8") as file:
+        return [row[:4] for row in csv.reader(file)]
 
 
 def many(folder: Path, count: int = 1500) -> Path:
@@ -790,7 +790,7 @@ def try_kinds(folder: Path) -> dict[str, dict[str, str]]:
 def difference(path: Path) -> int | None:
     """Largest difference of a pixel, of 255, as anomalib and as `score` read it; nothing where either does not."""
     try:
-        (_, ours), theirs = next(read_images([str(path)], str)), read_image(path) * 255
+        (_, ours), theirs = next(read_images([str(path)], str, lambda image, _: image)), read_image(path) * 255
         return int(np.abs(ours[:, :, ::-1] - theirs.round()).max())
     except (OSError, StopIteration):
         return None

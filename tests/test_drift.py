@@ -89,6 +89,11 @@ def test_a_threshold_is_set_anew_by_the_rule_and_every_host_takes_it(exported, d
 def test_a_threshold_takes_good_readable_images_and_shows_itself(exported, demo_root, tmp_path, capsys):
     assert threshold.main([str(exported)]) == 0
     assert "pixel threshold" in capsys.readouterr().out
+    moved = tmp_path / "moved.xml"
+    assert threshold.main([str(exported), "--value", "0.7", "--out", str(moved)]) == 0
+    assert Scorer(moved).verdict.image.raw_limit == pytest.approx(0.7)
+    assert threshold.main([str(exported), "--sensitivity", "0.6", "--out", str(moved)]) == 0
+    assert Scorer(moved).verdict == Scorer(exported, sensitivity=0.6).verdict
     (tmp_path / "x.png").write_bytes(b"no image")
     for arguments, words in [
         (["x.png"], "x.png cannot be read as an image"),

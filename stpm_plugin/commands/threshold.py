@@ -44,10 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="CPU", help="OpenVINO's device (default %(default)s)")
     options = parser.parse_args(arguments)
     try:
+        if options.images and (options.value is not None or options.sensitivity is not None):
+            parser.error("images set the threshold: leave out --value and --sensitivity")
+        verdict = verdict_of(options.model)
         if options.images:
-            renew(options)
+            verdict = renewed(verdict, options)
+        elif options.value is not None:
+            verdict = verdict.with_threshold(options.value)
+        elif options.sensitivity is not None:
+            verdict = verdict.with_sensitivity(options.sensitivity)
         else:
-            show(verdict_of(options.model))
+            print(in_words_of(verdict))
+            return 0
+        write_with(verdict, options)
     except (STPMError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -67,18 +76,19 @@ def verdict_of(model: Path) -> Verdict:
     return verdict
 
 
-def show(verdict: Verdict) -> None:
-    """Print a verdict's thresholds and what the images that it holds say of them."""
-    print(
-        f"image threshold {verdict.image.raw_limit:.4g}, pixel threshold {verdict.pixel.raw_limit:.4g} (raw), ", end=""
+def in_words_of(verdict: Verdict) -> str:
+    """A verdict's thresholds, and what the good images that it holds say of them."""
+    said = (
+        f"image threshold {verdict.image.raw_limit:.4g}, pixel threshold {verdict.pixel.raw_limit:.4g} (raw scores), "
     )
-    print(f"from the {verdict.basis}, sensitivity {verdict.image.sensitivity:g}")
-    if verdict.held_out_scores:
-        print(in_words(found(np.array(verdict.held_out_scores), verdict.image.raw_limit), 0.5))
+    said += f"from the {verdict.basis}, sensitivity {verdict.image.sensitivity:g}"
+    if not verdict.held_out_scores:
+        return said
+    return f"{said}; {in_words(found(np.array(verdict.held_out_scores), verdict.image.raw_limit), 0.5)}"
 
 
-def renew(options: argparse.Namespace) -> None:
-    """Write the model with thresholds from good images.
+def renewed(verdict: Verdict, options: argparse.Namespace) -> Verdict:
+    """A verdict with thresholds from good images, and their scores in place of the held-out ones.
 
     Raises:
         STPMError: The share is out of range, an image cannot be read, or a score is not finite.
@@ -86,7 +96,7 @@ def renew(options: argparse.Namespace) -> None:
     if not 0 < options.false_alarms < 1:
         msg = f"--false-alarms {options.false_alarms} must lie between 0 and 1, such as 0.01."
         raise STPMError(msg)
-    verdict, quantile = verdict_of(options.model), 1 - options.false_alarms
+    quantile = 1 - options.false_alarms
     broken: list[str] = []
     scores, maxima = raw_scores(options.model, options.device, find_images(options.images), broken)
     if broken or not np.isfinite(scores).all():
@@ -94,7 +104,8 @@ def renew(options: argparse.Namespace) -> None:
         msg = f"{fault}; no threshold was set."
         raise STPMError(msg)
     alarms = limit(scores, quantile)
-    verdict = dataclasses.replace(
+    print(f"image threshold {alarms.value:.4g}; {in_words(alarms, quantile)}")
+    return dataclasses.replace(
         verdict,
         basis=NEW_IMAGES,
         image=Scale(alarms.value),
@@ -104,11 +115,15 @@ def renew(options: argparse.Namespace) -> None:
         held_out_scores=tuple(sorted(scores.tolist())),
         held_out_maxima=tuple(sorted(maxima.tolist())),
     )
+
+
+def write_with(verdict: Verdict, options: argparse.Namespace) -> None:
+    """Write the model with another verdict."""
     target = options.out or options.model.with_name(f"{options.model.stem}_threshold.xml")
     core = ov.Core()
     core.set_property({"ENABLE_MMAP": False})  # the target may be the model
     write(rejudged(read_model(core, options.model), verdict), target)
-    print(f"image threshold {alarms.value:.4g}; {in_words(alarms, quantile)}\nwrote {target}")
+    print(f"wrote {target}")
 
 
 def raw_scores(model: Path, device: str, paths: Sequence[str], broken: list[str]) -> tuple[np.ndarray, np.ndarray]:

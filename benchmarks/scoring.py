@@ -1,0 +1,186 @@
+"""Whether scoring can be trusted: every size and setting beside torch, changes of light, thresholds set anew.
+
+    python -m benchmarks.scoring grid      --checkpoint CKPT                          # sizes up to 100 MP, all settings
+    python -m benchmarks.scoring drift     --checkpoint CKPT --images DIR/bottle      # a change of light is noticed
+    python -m benchmarks.scoring threshold --checkpoint CKPT --images DIR/screw      # anew, on INT8
+    python -m benchmarks.scoring table                                                # from what is kept
+
+Rows are kept in `results/scoring.json`. `drift` also counts false warnings on the raw scores that
+`benchmarks.false_alarms` keeps, without a model. Images are official test images; no threshold or window was chosen on
+them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import openvino as ov
+import torch
+
+from benchmarks.environment import environment
+from stpm_plugin import STPM
+from stpm_plugin.deployment import drift
+from stpm_plugin.deployment.images import decode, images_below
+from stpm_plugin.deployment.scorer import Scorer
+from stpm_plugin.false_alarms import limit
+
+RESULT = Path(__file__).parent / "results" / "scoring.json"
+SIZES = [(64, 64), (256, 256), (480, 640), (1080, 1920), (3400, 3400), (2160, 3840), (10_000, 10_000)]
+SIZES += [(20, 12_000), (12_000, 20), (31, 1_000_000)]  # flat and tall
+SETTINGS = [(hint, batch, threads) for hint in ("latency", "throughput") for batch in (1, 3) for threads in (1, 2)]
+LIGHT = {"as it is": (1.0, 0), "0.95 as bright": (0.95, 0), "0.9 as bright": (0.9, 0), "0.8 as bright": (0.8, 0)}
+LIGHT |= {"1.1 times as bright": (1.1, 0), "1.2 times as bright": (1.2, 0), "20 levels brighter": (1.0, 20)}
+ASKED = (0.2, 0.1, 0.05)
+DRAWS = 2000
+
+
+def main() -> None:
+    """Run one part, then tabulate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["grid", "drift", "threshold", "table"])
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--images", type=Path, help="folder in MVTec AD's layout: the checkpoint's category")
+    args = parser.parse_args()
+    if args.part != "table":
+        rows = {"grid": grid, "drift": light, "threshold": anew}[args.part](args)
+        kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        for key, row in rows.items():
+            kept[key] = row | environment(f"python -m benchmarks.scoring {args.part}")
+        RESULT.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in kept.items()) + "\n}\n")
+    text = table(json.loads(RESULT.read_text()))
+    RESULT.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def load(checkpoint: Path) -> STPM:
+    """A trained model on the CPU."""
+    return STPM.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+
+
+def textured(height: int, width: int) -> np.ndarray:
+    """An image (H, W, 3) with something at every scale."""
+    rng = np.random.default_rng(height + width)
+    coarse = cv2.resize(rng.integers(0, 256, (9, 9, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    return (coarse // 2 + rng.integers(0, 128, coarse.shape, np.uint8)).astype(np.uint8)
+
+
+def grid(args: argparse.Namespace) -> dict[str, Any]:
+    """Largest difference of an image score from torch's, for each size, over all settings at each precision."""
+    model, core = load(args.checkpoint), ov.Core()
+    offered = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    precisions = ["f32", *(name for name, flag in (("bf16", "BF16"), ("f16", "FP16")) if flag in offered)]
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"any size": model.to_openvino(Path(folder, "any"))}
+        files["fixed"] = model.to_openvino(Path(folder, "fixed"), input_size=model.network_size)
+        for size in SIZES:
+            image = textured(*size)
+            with torch.inference_mode():
+                exact = float(model(torch.from_numpy(image).permute(2, 0, 1)[None] / 255).pred_score)
+            differences: dict[str, float] = {}
+            slowest = 0.0
+            for precision in precisions:
+                for file in files.values():
+                    for hint, batch, threads in SETTINGS:
+                        scorer = Scorer(file, hint=hint, batch=batch, threads=threads, precision=precision)
+                        begin = time.perf_counter()
+                        found = list(scorer.score_arrays([("", image)] * batch, "RGB"))
+                        slowest = max(slowest, (time.perf_counter() - begin) / batch)
+                        worst = max(abs(one.score - exact) for one in found)
+                        differences[precision] = max(differences.get(precision, 0.0), worst)
+            key = f"grid, {size[0]} x {size[1]}"
+            rows[key] = {"score": exact, "differences": differences, "slowest_seconds": round(slowest, 2)}
+            print(key, rows[key], flush=True)
+    return rows
+
+
+def false_warnings() -> dict[str, Any]:
+    """Share of windows of good test images that are called a change, from raw scores that are kept."""
+    kept = json.loads(RESULT.with_name("false_alarms.json").read_text())
+    rng, found = np.random.default_rng(0), {}
+    for row in kept.values():
+        held_out = np.sort(row["held_out_scores"])
+        windows = [rng.choice(row["test_scores"], drift.WINDOW) for _ in range(DRAWS)]
+        found[row["category"]] = float(np.mean([drift.describe(held_out, window) is not None for window in windows]))
+    return found
+
+
+def light(args: argparse.Namespace) -> dict[str, Any]:
+    """Score good test images under changed light; how soon each change is noticed, and how often nothing is."""
+    model = load(args.checkpoint)
+    held_out = np.array(model.post_processor.held_out_scores)
+    files = images_below(args.images / "test/good")
+    rng, rows = np.random.default_rng(0), {}
+    with tempfile.TemporaryDirectory() as folder:
+        scorer = Scorer(model.to_openvino(folder))
+        for name, (gain, offset) in LIGHT.items():
+            images = ((file, np.clip(decode(file) * gain + offset, 0, 255).astype(np.uint8)) for file in files)
+            raw = np.array([one.raw for one in scorer.score_arrays(images, "BGR")])
+            windows = [rng.choice(raw, drift.WINDOW) for _ in range(DRAWS)]
+            noticed = float(np.mean([drift.describe(held_out, window) is not None for window in windows]))
+            label = float(np.mean(raw > float(model.post_processor.image_threshold)))
+            row = {"noticed": noticed, "anomalous": label, "median_ratio": float(np.median(raw) / np.median(held_out))}
+            rows[f"drift, {args.images.name}, {name}"] = row | {"held_out": len(held_out), "images": len(files)}
+    return rows | {"drift, false warnings": {"windows": false_warnings(), "draws": DRAWS, "window": drift.WINDOW}}
+
+
+def anew(args: argparse.Namespace) -> dict[str, Any]:
+    """Set the threshold of an INT8 export on half of the good test images, count false alarms on the other half."""
+    from anomalib.data import MVTecAD
+
+    model = load(args.checkpoint)
+    data = MVTecAD(root=args.images.parent, category=args.images.name, num_workers=0)
+    with tempfile.TemporaryDirectory() as folder:
+        scorer = Scorer(model.to_openvino(folder, compression_type="int8_ptq", datamodule=data))
+        raw = np.array([one.raw for one in scorer.score(images_below(args.images / "test/good"))])
+    rng, rows = np.random.default_rng(0), {}
+    for asked in ASKED:
+        found, promised = [], []
+        for _ in range(DRAWS):
+            order = rng.permutation(len(raw))
+            first, second = raw[order[: len(raw) // 2]], raw[order[len(raw) // 2 :]]
+            alarms = limit(first, 1 - asked)
+            found.append(float(np.mean(second > alarms.value)))
+            promised.append(alarms.expected)
+        row = {"asked": asked, "expected": float(np.mean(promised)), "found": float(np.mean(found))}
+        rows[f"threshold, {args.images.name}, {asked:g}"] = row | {"good_images": len(raw), "draws": DRAWS}
+    return rows
+
+
+def table(kept: dict[str, Any]) -> str:
+    """Tables of what is kept."""
+    grids = {key[6:]: row for key, row in kept.items() if key.startswith("grid")}
+    names = sorted({name for row in grids.values() for name in row["differences"]})
+    lines = [f"| image | {' | '.join(names)} | seconds at most |", "|---|" + "---|" * (len(names) + 1)]
+    for size, row in grids.items():
+        cells = [f"{row['differences'][name]:.1e}" if name in row["differences"] else "" for name in names]
+        lines.append(f"| {size} | {' | '.join(cells)} | {row['slowest_seconds']} |")
+    text = "Largest difference of a normalised image score from torch's, over hints, batches, threads and exports:\n\n"
+    text += "\n".join(lines) + "\n\nShare of windows in which a change of light is noticed:\n\n"
+    text += "| category | light | noticed | median over held-out | called anomalous |\n|---|---|---|---|---|\n"
+    for key, row in kept.items():
+        if key.startswith("drift") and "noticed" in row:
+            category, name = key.split(", ")[1:]
+            text += (
+                f"| {category} | {name} | {row['noticed']:.1%} | {row['median_ratio']:.2f} | {row['anomalous']:.0%} |\n"
+            )
+    for category, share in kept.get("drift, false warnings", {}).get("windows", {}).items():
+        text += f"| {category} | false warnings, kept scores | {share:.2%} | | |\n"
+    text += "\nFalse alarms of an INT8 export whose threshold was set anew on half of the good test images:\n\n"
+    text += "| category | good images | asked | expected | found |\n|---|---|---|---|---|\n"
+    for key, row in kept.items():
+        if key.startswith("threshold"):
+            cells = [f"{row[name]:.1%}" for name in ("asked", "expected", "found")]
+            text += f"| {key.split(', ')[1]} | {row['good_images']} | {' | '.join(cells)} |\n"
+    return text
+
+
+if __name__ == "__main__":
+    main()
