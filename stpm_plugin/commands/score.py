@@ -23,7 +23,7 @@ from ..deployment.heatmaps import place_of
 from ..deployment.images import UNREADABLE, VIDEOS, find_images
 from ..deployment.scorer import Hint, Precision, Scored, Scorer
 from ..deployment.table import Stamp, Table, cell, stamp
-from ..deployment.watch import arrivals
+from ..deployment.watch import arrivals, check
 from ..deployment.worker import Worker
 from ..errors import STPMError
 
@@ -46,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return Run(options).watch() if options.watch else Run(options).score()
     except KeyboardInterrupt:
-        print(f"\nstopped; run the command again to resume {options.csv}.", file=sys.stderr)
+        print(f"stopped; run the command again to resume {options.csv}.", file=sys.stderr)
         return STOPPED
     except STPMError as error:
-        print(f"\n{error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
     except OSError as error:  # an error without a file name is the open CSV's
         place = error.filename or options.csv
-        print(f"\n{place}: {error.strerror or error}; fix this, then run the command again to resume.", file=sys.stderr)
+        print(f"{place}: {error.strerror or error}; fix this, then run the command again to resume.", file=sys.stderr)
         return 1
 
 
@@ -64,7 +64,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("images", nargs="+", help="folders, files, videos, or quoted patterns such as 'parts/**/*.png'")
     parser.add_argument("--csv", type=Path, default=Path("scores.csv"), help="the table (default %(default)s)")
     parser.add_argument("--restart", action="store_true", help="begin the table anew, whatever model wrote it")
-    parser.add_argument("--json", action="store_true", help="print one line per image too, with the anomalous regions")
+    parser.add_argument(
+        "--json", action="store_true", help="print each new verdict too, with anomalous regions"
+    )
     parser.add_argument("--heatmaps", type=Path, help="folder for pictures with anomalous regions, score and label")
     threshold = parser.add_mutually_exclusive_group()
     threshold.add_argument("--threshold", type=float, help="raw score above which an image is anomalous")
@@ -96,6 +98,8 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        if options.watch:
+            check(options.images)
         self.paths = [] if options.watch else find_images(options.images)
         folders = options.images if options.watch else [Path(path).parent for path in self.paths]
         self.root = Path(os.path.commonpath([Path(folder).resolve() for folder in folders]))
@@ -114,10 +118,12 @@ class Run:
             print(f"{self.table.replaced} images have changed or are gone: their rows were dropped.", file=sys.stderr)
         with self.table:
             progress = Progress(len(left))
-            for scored in self.worker.rows(self._stamped(left), self._unreadable, self.table.has):
-                self._keep(scored)
-                progress.step()
-            progress.end()
+            try:
+                for scored in self.worker.rows(self._stamped(left), self._unreadable, self.table.has):
+                    self._keep(scored)
+                    progress.step()
+            finally:
+                progress.end()
             names = set(map(cell, self.paths))
             for row in self.table.rows.values():
                 if row[0] in names or row[0].rpartition("#")[0] in names:

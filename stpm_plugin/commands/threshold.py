@@ -34,9 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 after an error."""
     parser = argparse.ArgumentParser("python -m stpm_plugin.threshold", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("model", type=Path, help=".xml file that `anomalib export` wrote")
-    parser.add_argument(
-        "images", nargs="*", help="good images: folders, files or patterns; none to show the thresholds"
-    )
+    parser.add_argument("images", nargs="*", help="good images: folders, files or patterns")
+    moved = parser.add_mutually_exclusive_group()
+    moved.add_argument("--value", type=float, help="raw image score to take as the threshold, instead of images")
+    moved.add_argument("--sensitivity", type=float, help="in (0, 1), above 0.5 finds more, instead of images")
     parser.add_argument(
         "--false-alarms", type=float, default=0.01, help="share of good images to call anomalous (default %(default)s)"
     )

@@ -66,6 +66,9 @@ def read_model(core: ov.Core, path: Path, batch: int | None = None) -> ov.Model:
     if not path.is_file():
         msg = f"the model {path} does not exist: give the .xml file that `anomalib export` wrote."
         raise STPMError(msg)
+    if path.suffix not in (".xml", ".onnx"):
+        msg = f"{path} is no exported model: give the .xml file that `anomalib export` wrote."
+        raise STPMError(msg)
     try:
         network = core.read_model(path)
         names = {name for output in network.outputs for name in output.get_names()}

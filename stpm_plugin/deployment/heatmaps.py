@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def write(picture: np.ndarray, target: Path) -> None:
         beside.write_bytes(cv2.imencode(".jpg", picture)[1].tobytes())
         beside.replace(target)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         msg = f"{target} cannot be written ({error.strerror}): make room, or give --heatmaps another folder."
         raise STPMError(msg) from None

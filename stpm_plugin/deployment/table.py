@@ -195,6 +195,9 @@ class Table:
             if self.path.exists():
                 shutil.copymode(self.path, beside)
             beside.replace(self.path)
+        except OSError as error:
+            error.filename = str(self.path)  # the name that the user gave
+            raise
         finally:
             beside.unlink(missing_ok=True)
 

@@ -113,7 +113,7 @@ class Verdict:
             STPMError: It is not above 0, or the model has no threshold to move.
         """
         if not 0 < threshold < math.inf or math.isnan(self.image.threshold):
-            msg = f"threshold={threshold} must be above 0, on the scale of raw scores (--raw shows them)."
+            msg = f"threshold={threshold} must be above 0, on the scale of raw scores (the column `raw`)."
             raise STPMError(msg)
         factor = threshold / self.image.raw_limit
         image = dataclasses.replace(self.image, threshold=threshold, sensitivity=0.5)

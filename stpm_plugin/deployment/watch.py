@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,21 @@ PATIENCE = 10.0  # seconds after which a file that still cannot be read is repor
 LOOK = 1000  # milliseconds between two looks where the system tells of no change, as on a network's drive
 
 
+def check(folders: Sequence[str]) -> None:
+    """Refuse what cannot be watched.
+
+    Raises:
+        STPMError: A source is not a folder, or watchfiles is not installed.
+    """
+    for folder in folders:
+        if not Path(folder).is_dir():
+            msg = f"--watch takes folders, and {folder} is none."
+            raise STPMError(msg)
+    if importlib.util.find_spec("watchfiles") is None:
+        msg = "--watch needs watchfiles: pip install watchfiles."
+        raise STPMError(msg)
+
+
 def arrivals(
     folders: Sequence[str], known: Callable[[str], bool], unreadable: Callable[[str], None]
 ) -> Iterator[list[str]]:
@@ -26,19 +42,9 @@ def arrivals(
         folders: Where to look, below them too.
         known: Whether a file, as it is now, was dealt with.
         unreadable: Called once with the path of each file that has not changed for ten seconds and cannot be read.
-
-    Raises:
-        STPMError: A source is not a folder, or watchfiles is not installed.
     """
-    for folder in folders:
-        if not Path(folder).is_dir():
-            msg = f"--watch takes folders, and {folder} is none."
-            raise STPMError(msg)
-    try:
-        from watchfiles import watch
-    except ImportError:
-        msg = "--watch needs watchfiles: pip install watchfiles."
-        raise STPMError(msg) from None
+    from watchfiles import watch
+
     seen: dict[str, tuple[Stamp, float]] = {}  # stamp, and when it was new
     given_up: dict[str, Stamp] = {}
     for _ in watch(*folders, rust_timeout=LOOK, yield_on_timeout=True, debounce=200, raise_interrupt=True):
