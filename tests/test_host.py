@@ -4,13 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 from conftest import MODEL, TINY, anomalib, run
-from PIL import Image
 
 from stpm_plugin import STPM
 
@@ -54,8 +52,6 @@ print("known")
     [
         "anomalib.models",
         "torch",
-        "stpm_plugin",
-        "stpm_plugin.model.network",
         "stpm_plugin.training.lightning_model",
         "anomalib.engine",
     ],
@@ -144,67 +140,31 @@ def test_saved_config_names_the_package_and_repeats_the_run(commanded, tmp_path)
     )
 
 
-def test_validate_test_predict_and_export_from_a_checkpoint_without_hub(commanded, demo_root, tmp_path):
-    checkpoint = ["--ckpt_path", str(commanded / "weights/lightning/model.ckpt")]
-    quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    anomalib(
-        "validate",
-        "--model",
-        "stpm_plugin.STPM",
-        "--model.backbone",
-        "resnet18",
-        "--model.image_size",
-        "[64,64]",
-        *data(demo_root),
-        *checkpoint,
-        *quiet,
-        cwd=tmp_path,
-    )
-    assert "image_AUROC" in anomalib(
-        "test", "--model", "STPM", "--model.backbone", "resnet18", *data(demo_root), *checkpoint, *quiet, cwd=tmp_path
-    )
-    good = next(demo_root.glob("*/test/good"))
-    anomalib(
-        "predict",
-        "--model",
-        "STPM",
-        "--model.backbone",
-        "resnet18",
-        "--data",
-        str(good),
-        *checkpoint,
-        *quiet,
-        cwd=tmp_path,
-    )
-    assert list(tmp_path.glob("results/STPM/**/*.png"))
+def test_validate_from_a_checkpoint_without_hub(commanded, demo_root, tmp_path):
+    """`test`, `predict` and the other exports: the pages' commands, and the routes."""
+    output = anomalib(
+        "validate", "--model", "stpm_plugin.STPM", "--model.backbone", "resnet18", "--model.image_size", "[64,64]",
+        *data(demo_root), "--ckpt_path", str(commanded / "weights/lightning/model.ckpt"),
+        "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", cwd=tmp_path,
+    )  # fmt: skip
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
-    ("export_type", "compression"),
-    [
-        ("torch", None),
-        ("onnx", None),
-        ("openvino", None),
-        *[("openvino", c) for c in ("FP16", "INT8", "INT8_PTQ", "INT8_ACQ")],
-    ],
+    ("export_type", "compression", "name"),
+    [("torch", None, "model.pt"), ("onnx", None, "model.onnx"), ("openvino", "INT8", "model_int8.xml")],
 )
-def test_export_from_a_checkpoint(export_type, compression, commanded, demo_root, tmp_path):
+def test_export_from_a_checkpoint(export_type, compression, name, commanded, demo_root, tmp_path):
     compressed = ["--compression_type", compression, *data(demo_root)] if compression else []
-    control = ["--max_drop", "1"] if compression == "INT8_ACQ" else []  # rounds all, else it would take minutes
     anomalib(
-        "export", "--model", "STPM", "--model.backbone", "resnet18", "--export_type", export_type,
-        *compressed, *control,
+        "export", "--model", "STPM", "--model.backbone", "resnet18", "--export_type", export_type, *compressed,
         "--ckpt_path", str(commanded / "weights/lightning/model.ckpt"), "--export_root", "out", cwd=tmp_path,
     )  # fmt: skip
-    compressed_name = f"model_{compression.lower()}.xml" if compression else "model.xml"
-    name = {"torch": "model.pt", "onnx": "model.onnx", "openvino": compressed_name}[export_type]
     path = tmp_path / f"out/weights/{export_type}/{name}"
     assert path.is_file()
-    if export_type == "openvino":
+    if compression:
         floats = 4 * sum(p.numel() for p in STPM(**MODEL).model.parameters())
-        share = path.with_suffix(".bin").stat().st_size / floats
-        assert share < {None: 1.01, "FP16": 0.51}.get(compression, 0.3)
-        assert share > 0.2
+        assert 0.2 < path.with_suffix(".bin").stat().st_size / floats < 0.3
 
 
 @pytest.mark.parametrize("class_path", ["STPM", "stpm_plugin.STPM"])
@@ -258,40 +218,3 @@ def test_benchmark_of_four_models(demo_root, tmp_path):
     assert 0 <= real.image_AUROC <= 1
     assert 0 <= real.pixel_AUROC <= 1
     assert real.fit_duration > 0
-
-
-@pytest.mark.parametrize("defects", [True, False])
-def test_folder_config(defects, demo_root, tmp_path):
-    source = next(demo_root.glob("plate*"))
-    shutil.copytree(source / "train/good", tmp_path / "parts/good")
-    extra = []
-    if defects:
-        shutil.copytree(source / "test/stain", tmp_path / "parts/stain")
-        extra = ["--data.init_args.abnormal_dir", "stain"]
-    output = anomalib(
-        "train", "-c", str(CONFIGS / "folder.yaml"), "--data.init_args.root", "parts",
-        "--model.init_args.backbone", "resnet18", "--model.init_args.teacher_weights", "builtin",
-        "--model.init_args.image_size", "[64,64]", *extra, *ONE_EPOCH, cwd=tmp_path,
-    )  # fmt: skip
-    assert "image_AUROC" in output
-
-
-@pytest.mark.parametrize("config", ["paper.yaml", "stpm.yaml"])
-def test_mvtec_configs(config, tmp_path):
-    for part in ("train/good", "test/good", "test/hole", "ground_truth/hole"):
-        (tmp_path / "mvtec/bottle" / part).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for index in range(5):
-        for part in ("train/good", "test/good", "test/hole"):
-            Image.fromarray(rng.integers(0, 255, (70, 90, 3), np.uint8)).save(
-                tmp_path / f"mvtec/bottle/{part}/{index}.png"
-            )
-        mask = np.zeros((70, 90), np.uint8)
-        mask[10:30, 20:50] = 255
-        Image.fromarray(mask).save(tmp_path / f"mvtec/bottle/ground_truth/hole/{index}_mask.png")
-    output = anomalib(
-        "train", "-c", str(CONFIGS / config), "--data.init_args.root", "mvtec",
-        "--model.init_args.backbone", "resnet18", "--model.init_args.teacher_weights", "builtin",
-        "--data.init_args.num_workers", "0", *ONE_EPOCH, cwd=tmp_path,
-    )  # fmt: skip
-    assert "pixel_AUPRO" in output

@@ -64,9 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("images", nargs="+", help="folders, files, videos, or quoted patterns such as 'parts/**/*.png'")
     parser.add_argument("--csv", type=Path, default=Path("scores.csv"), help="the table (default %(default)s)")
     parser.add_argument("--restart", action="store_true", help="begin the table anew, whatever model wrote it")
-    parser.add_argument(
-        "--json", action="store_true", help="print each new verdict too, with anomalous regions"
-    )
+    parser.add_argument("--json", action="store_true", help="print each new verdict too, with anomalous regions")
     parser.add_argument("--heatmaps", type=Path, help="folder for pictures with anomalous regions, score and label")
     threshold = parser.add_mutually_exclusive_group()
     threshold.add_argument("--threshold", type=float, help="raw score above which an image is anomalous")
