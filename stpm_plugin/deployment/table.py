@@ -1,7 +1,7 @@
 """The CSV of verdicts: one row per image, each with the model and the image that it belongs to.
 
-A table is written only after its file is known to be one. It is changed in two ways: rows are appended, and a whole
-new file takes the old one's place. So a crash, a full disk or Ctrl-C leaves every row that was whole before.
+Nothing is written before the file is known to be a table. It changes in two ways: rows are appended, or a complete new
+file replaces it. After a crash, a full disk or Ctrl-C every complete row is still there.
 """
 
 from __future__ import annotations
