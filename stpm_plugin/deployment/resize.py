@@ -14,7 +14,7 @@ import numpy as np
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize an image (H, W, C) of any type to (*size, C), float32, on the same scale."""
     height, width = image.shape[:2]
-    rows_first = size[0] * width <= size[1] * height  # what shrinks more goes first: less is left for the other
+    rows_first = height >= size[0] or width < size[1]  # an axis that grows goes last, else the other costs more
     for axis in (0, 1) if rows_first else (1, 0):
         image = _reduce(image.swapaxes(0, axis), size[axis]).swapaxes(0, axis)
     return image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,6 @@ from .verdict import RAW_MAP, RAW_SCORE, Scale, Verdict, read_verdict
 
 Hint = Literal["latency", "throughput"]
 Precision = Literal["f32", "bf16", "f16"]
-CHANNELS = {"RGB": slice(None), "BGR": slice(None, None, -1)}
 AS_EXPORTED = Scale(0.5)  # outputs of a model that describes no verdict: 0.5 is the threshold
 
 
@@ -48,6 +48,18 @@ class Scored(NamedTuple):
     regions: tuple[Region, ...] = ()
     image: np.ndarray | None = None
     anomaly_map: np.ndarray | None = None
+
+
+class Prepared(NamedTuple):
+    """An image as the network takes it.
+
+    Attributes:
+        inputs: (3, h, w), RGB, float32 in [0, 1].
+        image: The image itself (H, W, 3), BGR, uint8, if it is to be returned.
+    """
+
+    inputs: np.ndarray
+    image: np.ndarray | None
 
 
 class Scorer:
@@ -126,10 +138,11 @@ class Scorer:
             One verdict per readable file, in order.
 
         Raises:
-            STPMError: A file cannot be read, and ``unreadable`` is ``None``.
+            STPMError: A file cannot be read, and ``unreadable`` is ``None``; or a score is not finite.
         """
         paths = (str(path) for path in files)
-        return self._infer(read_images(paths, unreadable or _refuse, self._prepare, skip), maps)
+        prepare = functools.partial(self._prepare, keep=maps)
+        return self._infer(read_images(paths, unreadable or _refuse, prepare, skip), maps)
 
     def score_arrays(
         self, images: Iterable[tuple[str, np.ndarray]], channels: str, maps: bool = False
@@ -148,57 +161,50 @@ class Scorer:
         Raises:
             STPMError: An image is ``None``, of another shape or type, or ``channels`` is another word.
         """
-        if channels not in CHANNELS:
+        if channels not in ("BGR", "RGB"):
             msg = f'channels="{channels}": say "BGR" for images from OpenCV or "RGB" for images from Pillow.'
             raise STPMError(msg)
-        order = CHANNELS["RGB" if channels == "BGR" else "BGR"]
-        prepared = ((name, self._prepare(checked(name, image)[:, :, order], name)) for name, image in images)
+        step = 1 if channels == "BGR" else -1
+        prepared = ((name, self._prepare(checked(name, image)[:, :, ::step], name, maps)) for name, image in images)
         return self._infer(prepared, maps)
 
-    def _prepare(self, image: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Keep an image (H, W, 3), BGR, uint8, beside the network's input (3, h, w), RGB, float32 in [0, 1]."""
+    def _prepare(self, image: np.ndarray, name: str, keep: bool) -> Prepared:
+        """The network's input (3, h, w), RGB, float32 in [0, 1], of an image (H, W, 3), BGR, uint8."""
         if self.ignored is not None and self.ignored.shape != image.shape[:2]:
             sizes = ["{} x {}".format(*shape[:2]) for shape in (image.shape, self.ignored.shape)]
             msg = f"{name} has {sizes[0]} pixels and the mask {self.ignore} {sizes[1]}: they must be equal."
             raise STPMError(msg)
         pixels = resize(image, self.size or image.shape[:2])
-        return image, np.ascontiguousarray(pixels[:, :, ::-1].transpose(2, 0, 1)) / np.float32(255)
+        inputs = np.ascontiguousarray(pixels[:, :, ::-1].transpose(2, 0, 1)) / np.float32(255)
+        return Prepared(inputs, image if keep else None)  # a large image is dropped as soon as it can be
 
-    def _infer(self, images: Iterable[tuple[str, tuple[np.ndarray, np.ndarray]]], maps: bool) -> Iterator[Scored]:
+    def _infer(self, images: Iterable[tuple[str, Prepared]], maps: bool) -> Iterator[Scored]:
         """Score prepared images, as many at a time as the device is best at."""
         idle = deque(self.compiled.create_infer_request() for _ in range(self.requests))
-        busy: deque[tuple[ov.InferRequest, list[str], list[np.ndarray]]] = deque()
-        for paths, originals, batch in self._batches(images):
+        busy: deque[tuple[ov.InferRequest, list[tuple[str, Prepared]]]] = deque()
+        for batch in self._batches(images):
             if not idle:  # the oldest is done first, or nearly so
                 oldest = busy.popleft()
                 yield from self._answers(*oldest, maps)
                 idle.append(oldest[0])
             request = idle.popleft()
-            request.start_async({0: batch})
-            busy.append((request, paths, originals))
+            request.start_async({0: np.stack([prepared.inputs for _, prepared in batch])})
+            busy.append((request, batch))
         for asked in busy:
             yield from self._answers(*asked, maps)
 
-    def _batches(
-        self, images: Iterable[tuple[str, tuple[np.ndarray, np.ndarray]]]
-    ) -> Iterator[tuple[list[str], list[np.ndarray], np.ndarray]]:
-        """Join neighbours of one size into batches (B, 3, h, w)."""
-        paths: list[str] = []
-        originals: list[np.ndarray] = []
-        waiting: list[np.ndarray] = []
-        for path, (image, pixels) in images:
-            if waiting and (len(waiting) == self.batch or waiting[0].shape != pixels.shape):
-                yield paths, originals, np.stack(waiting)
-                paths, originals, waiting = [], [], []
-            paths.append(path)
-            originals.append(image)
-            waiting.append(pixels)
-        if waiting:
-            yield paths, originals, np.stack(waiting)
+    def _batches(self, images: Iterable[tuple[str, Prepared]]) -> Iterator[list[tuple[str, Prepared]]]:
+        """Join neighbours of one size into batches."""
+        batch: list[tuple[str, Prepared]] = []
+        for name, prepared in images:
+            if batch and (len(batch) == self.batch or batch[0][1].inputs.shape != prepared.inputs.shape):
+                yield batch
+                batch = []
+            batch.append((name, prepared))
+        if batch:
+            yield batch
 
-    def _answers(
-        self, request: ov.InferRequest, paths: list[str], images: list[np.ndarray], maps: bool
-    ) -> Iterator[Scored]:
+    def _answers(self, request: ov.InferRequest, batch: list[tuple[str, Prepared]], maps: bool) -> Iterator[Scored]:
         """Wait for a request and yield the verdict on each image of its batch."""
         request.wait()
         latency = request.latency / 1000
@@ -207,14 +213,17 @@ class Scorer:
         if maps or self.ignored is not None:
             anomaly_maps = request.get_tensor(RAW_MAP if self.verdict else "anomaly_map").data.copy()
         labels = request.get_tensor("pred_label").data.reshape(-1).copy() if self.labels and not self.verdict else None
-        for index, (path, image) in enumerate(zip(paths, images, strict=True)):
+        for index, (path, prepared) in enumerate(batch):
+            if not math.isfinite(scores[index]):
+                msg = f"{path} has the score {scores[index]}: the model is damaged; export its checkpoint again."
+                raise STPMError(msg)
             anomaly_map = None if anomaly_maps is None else anomaly_maps[index].reshape(anomaly_maps.shape[-2:])
             if self.verdict is None:
                 label = "" if labels is None else "anomalous" if labels[index] else "normal"
                 judged: tuple[float, float, str, float | None] = (float(scores[index]), math.nan, label, None)
             else:
                 judged = self._judge(scores[index], anomaly_map)
-            yield Scored(path, *judged, latency, *(self._shown(image, anomaly_map) if maps else ()))
+            yield Scored(path, *judged, latency, *(self._shown(prepared.image, anomaly_map) if maps else ()))
 
     def _judge(self, raw: np.float32, anomaly_map: np.ndarray | None) -> tuple[float, float, str, float | None]:
         """Score, raw score, label and percentile of a raw image score; a mask's part of the raw map is cleared."""
@@ -229,7 +238,7 @@ class Scorer:
         label = ("anomalous" if score > limit else "normal") if known else ""
         return float(score), float(raw), label, verdict.percentile(float(raw))
 
-    def _shown(self, image: np.ndarray, raw_map: Any) -> tuple[tuple[Region, ...], np.ndarray, np.ndarray]:
+    def _shown(self, image: Any, raw_map: Any) -> tuple[tuple[Region, ...], np.ndarray, np.ndarray]:
         """Regions, the image, and its map on the scale of the scores."""
         scale = AS_EXPORTED if self.verdict is None else self.verdict.pixel
         normalizes = self.verdict is not None and self.verdict.normalize
