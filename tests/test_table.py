@@ -270,6 +270,12 @@ def test_float_and_rounded_exports_of_one_model_lie_side_by_side(trained, demo, 
     )
 
 
+def test_a_damaged_table_is_one_sentence(tmp_path):
+    (tmp_path / "s.csv").write_bytes(f"{HEADER}\r\n".encode() + b"/a" * 100_000 + b",1\r\n")
+    with pytest.raises(STPMError, match=r"s.csv is damaged \(field larger than"):
+        Table(tmp_path / "s.csv", "mine", "x")
+
+
 def test_a_table_that_is_refused_is_not_touched(tmp_path):
     (tmp_path / "s.csv").write_text(f"{HEADER}\r\n/a.png,1,1,,,1,1,1.0,other,x\r\n/cut")
     before = (tmp_path / "s.csv").read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -65,7 +66,13 @@ def _chosen(files: Iterable[Path], suffixes: set[str]) -> list[str]:
 
 def canonical(file: Path) -> str:
     """The one spelling of a file's path: absolute, its folder without links; a link to an image stays a name."""
-    return str(file.parent.resolve() / file.name)
+    return str(_resolved(file.parent) / file.name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _resolved(folder: Path) -> Path:
+    """A folder without links; asked once per folder, since a folder may hold many images."""
+    return folder.resolve()
 
 
 def _by_number(name: str) -> list[str | int]:

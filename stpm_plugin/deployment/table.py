@@ -167,7 +167,11 @@ class Table:
             return []
         content = old.read()
         self._torn = empty or (bool(content) and not content.endswith(b"\n"))
-        rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8", "replace"), newline="")) if row]
+        try:
+            rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8", "replace"), newline="")) if row]
+        except csv.Error as error:
+            msg = f"{self.path} is damaged ({error}): give --csv another file, or --restart to replace it."
+            raise STPMError(msg) from None
         if self._torn and rows:
             rows = rows[:-1]
         whole = [row for row in rows if len(row) == len(COLUMNS)]

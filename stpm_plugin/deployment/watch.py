@@ -13,7 +13,8 @@ from .table import Stamp, stamp
 
 SETTLED = 0.5  # seconds that a file has not changed for: most writers pause for less
 PATIENCE = 10.0  # seconds after which a file that still cannot be read is reported
-LOOK = 1000  # milliseconds between two looks where the system tells of no change, as on a network's drive
+LOOK = 1000  # milliseconds between two looks at files that are not yet whole
+UNTOLD = 5.0  # seconds between two looks where the system tells of no change, as a network's drive may not
 
 
 def check(folders: Sequence[str]) -> None:
@@ -46,21 +47,30 @@ def arrivals(
     from watchfiles import watch
 
     seen: dict[str, tuple[Stamp, float]] = {}  # stamp, and when it was new
-    given_up: dict[str, Stamp] = {}
-    for _ in watch(*folders, rust_timeout=LOOK, yield_on_timeout=True, debounce=200, raise_interrupt=True):
-        whole = []
-        for path in dict.fromkeys(path for folder in folders for path in images_below(Path(folder))):
+    settled: dict[str, Stamp] = {}  # files that need no other look until they change
+    looked = 0.0
+    for changes in watch(*folders, rust_timeout=LOOK, yield_on_timeout=True, debounce=200, raise_interrupt=True):
+        if not changes and not seen and time.monotonic() - looked < UNTOLD:
+            continue
+        whole, looked = [], time.monotonic()
+        paths = dict.fromkeys(path for folder in folders for path in images_below(Path(folder)))
+        for gone in seen.keys() - paths.keys():
+            del seen[gone]
+        for path in paths:
             now, found = time.monotonic(), stamp(path)
-            if found is None or known(path) or given_up.get(path) == found:
+            if found is None or settled.get(path) == found:
                 continue
-            if path not in seen or seen[path][0] != found:
+            if known(path):
+                settled[path] = found
+            elif path not in seen or seen[path][0] != found:
                 seen[path] = (found, now)
             elif now - seen[path][1] >= SETTLED:
                 if decode(path) is not None:
                     whole.append(path)
                     del seen[path]
                 elif now - seen[path][1] >= PATIENCE:
-                    given_up[path] = found
+                    settled[path] = found
+                    del seen[path]
                     unreadable(path)
         if whole:
             yield whole
