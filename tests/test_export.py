@@ -114,31 +114,22 @@ def test_model_api_agrees(exported, numbered_images):
         assert (found.pred_label == "True") == bool(plain["pred_label"][0])
 
 
-def openvino_scores(path, images, streams=1):
-    import openvino as ov
-
-    compiled = ov.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": streams})
-    made = [compiled(image[None].numpy()) for image in images]
-    return torch.tensor([m["pred_score"].item() for m in made]), [bool(m["pred_label"].item()) for m in made]
-
-
-@pytest.mark.parametrize("quantile", [None, 0.75])
-def test_int8_rounds_the_backbones_alone_and_sets_thresholds_anew(trained, demo, tmp_path, quantile):
+def test_int8_rounds_the_backbones_alone_sets_thresholds_anew_and_lies_beside_float(trained, demo, tmp_path):
     import openvino as ov
 
     model, _, checkpoint = trained
     model = STPM.load_from_checkpoint(checkpoint)
-    if quantile:
-        model.post_processor = STPMPostProcessor(normal_quantile=quantile)
-        model.post_processor.set_from_normal_images(*torch.full((2, 4), 1e-3))  # thresholds that are far off
-    else:
-        model.post_processor.enable_normalization = False  # it cuts scores off at 1
+    model.post_processor = STPMPostProcessor(normal_quantile=0.75)
+    model.post_processor.set_from_normal_images(*torch.full((2, 4), 1e-3))  # thresholds that are far off
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
-    plain = engine.export(model, "openvino", export_root=tmp_path / "plain")
-    small = engine.export(
-        model, "openvino", export_root=tmp_path / "int8", compression_type="int8_ptq", datamodule=demo
-    )
-    assert small == tmp_path / "int8/weights/openvino/model_int8_ptq.xml"
+    plain = engine.export(model, "openvino", export_root=tmp_path)
+    small = engine.export(model, "openvino", export_root=tmp_path, compression_type="int8_ptq", datamodule=demo)
+    names = ["model.bin", "model.xml", "model_int8_ptq.bin", "model_int8_ptq.xml"]
+    assert sorted((tmp_path / "weights/openvino").iterdir()) == [tmp_path / "weights/openvino" / name for name in names]
+    assert (plain.name, small.name) == ("model.xml", "model_int8_ptq.xml")
+    floats = 4 * sum(parameter.numel() for parameter in model.model.parameters())
+    for path, (low, high) in ((plain, (0.9, 1.01)), (small, (0.2, 0.3))):
+        assert low < path.with_suffix(".bin").stat().st_size / floats < high
     network = ov.Core().read_model(small)
     rounded = {
         target.get_node().get_type_name()
@@ -150,16 +141,19 @@ def test_int8_rounds_the_backbones_alone_and_sets_thresholds_anew(trained, demo,
     assert {name for output in network.outputs for name in output.get_names()} == {
         name for output in ov.Core().read_model(plain).outputs for name in output.get_names()
     }
-    images = [item.image for item in demo.test_data]
-    exact, _ = openvino_scores(plain, images)
-    scores, labels = openvino_scores(small, images)
-    several, _ = openvino_scores(small, images, streams=2)
-    torch.testing.assert_close(several, scores)
-    if quantile is None:
-        assert torch.corrcoef(torch.stack([exact, scores]))[0, 1] > 0.95
-        torch.testing.assert_close(scores, exact, atol=0, rtol=0.05)
-    else:  # three in four held-out good images pass, where the old threshold let none pass
-        assert 0 < sum(labels) < len(labels)
+    images = [
+        (str(place), (255 * item.image).byte().permute(1, 2, 0).numpy()) for place, item in enumerate(demo.test_data)
+    ]
+    exact, scores, several = (
+        list(Scorer(path, hint=hint, batch=batch).score_arrays(images, "RGB"))
+        for path, hint, batch in ((plain, "latency", 1), (small, "latency", 1), (small, "throughput", 3))
+    )
+    before, after, others = (torch.tensor([one.raw for one in found]) for found in (exact, scores, several))
+    torch.testing.assert_close(others, after)
+    assert torch.corrcoef(torch.stack([before, after]))[0, 1] > 0.95
+    torch.testing.assert_close(after, before, atol=0, rtol=0.05)
+    # three in four held-out good images pass, where the old threshold let none pass
+    assert 0 < sum(one.label == "anomalous" for one in scores) < len(scores)
 
 
 @pytest.mark.parametrize(("strides", "in_float"), [((4, 1, 2, 1), {0, 1}), ((4, 1), set())])

@@ -1,13 +1,11 @@
 """The picture grid of `benchmarks.pictures`."""
 
-import subprocess
 import sys
-from pathlib import Path
 
-from benchmarks.pictures import draw, predict
+import pytest
+
+from benchmarks.pictures import draw, main, predict
 from stpm_plugin import STPM
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_a_row_for_each_case_and_a_column_for_each_model(trained, demo_root):
@@ -22,9 +20,9 @@ def test_a_row_for_each_case_and_a_column_for_each_model(trained, demo_root):
     assert figure.axes[2].get_xlabel() == f"{surest['score']:.2f}"
 
 
-def test_no_checkpoint_is_one_sentence(demo_root, tmp_path):
+def test_no_checkpoint_is_one_sentence(demo_root, tmp_path, monkeypatch):
     drawn = next(demo_root.glob("plate-*"))
-    command = [sys.executable, "-m", "benchmarks.pictures", str(drawn), "--checkpoints", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith(f"{tmp_path} holds no MODEL-{drawn.name}-seed-0.ckpt")
+    monkeypatch.setattr(sys, "argv", ["pictures", str(drawn), "--checkpoints", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert str(ended.value).startswith(f"{tmp_path} holds no MODEL-{drawn.name}-seed-0.ckpt")

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from conftest import rows, run
 
-from stpm_plugin import STPM
 from stpm_plugin.commands import score
 from stpm_plugin.deployment.scorer import Scored
 from stpm_plugin.deployment.table import COLUMNS, Table, stamp
@@ -255,19 +254,6 @@ def test_a_video_is_scored_by_frames_and_resumed(exported, numbered_images, tmp_
     table.write_bytes(b"".join(lines[:4]))
     assert score.main([str(exported), str(video), "--csv", str(table)]) == 0
     assert [row["raw"] for row in rows(table)] == [line.split(b",")[2].decode() for line in lines[1:]]
-
-
-def test_float_and_rounded_exports_of_one_model_lie_side_by_side(trained, demo, tmp_path):
-    model = STPM.load_from_checkpoint(trained[2])
-    shares = {None: (0.9, 1.01), "fp16": (0.4, 0.51), "int8_ptq": (0.2, 0.3)}  # of the float weights' bytes
-    paths = [model.to_openvino(tmp_path, compression_type=kind, datamodule=demo) for kind in shares]
-    assert [path.name for path in paths] == ["model.xml", "model_fp16.xml", "model_int8_ptq.xml"]
-    floats = 4 * sum(parameter.numel() for parameter in model.model.parameters())
-    for path, (low, high) in zip(paths, shares.values(), strict=True):
-        assert low < path.with_suffix(".bin").stat().st_size / floats < high
-    assert sorted(path.name for path in paths[0].parent.iterdir()) == sorted(
-        f"{path.stem}{suffix}" for path in paths for suffix in (".bin", ".xml")
-    )
 
 
 def test_a_damaged_table_is_one_sentence(tmp_path):
