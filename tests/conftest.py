@@ -9,12 +9,17 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import csv
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+# A shell that starts the tests in the background leaves Ctrl-C ignored, in all processes that they start too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).parents[2] / "shared"
 TINY = {"train_images": 10, "test_images": 2, "num_workers": 0, "train_batch_size": 4}

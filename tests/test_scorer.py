@@ -275,6 +275,20 @@ def test_what_is_ignored_raises_no_score(exported, demo_root, tmp_path):
         Scorer(exported, ignore=tmp_path / "all.png")
 
 
+def test_a_score_that_is_not_a_number_is_refused(tmp_path):
+    from openvino import opset13 as ops
+
+    image = ops.parameter([1, 3, 8, 8], np.float32, "image")
+    score = ops.reduce_mean(image, np.array([1, 2, 3]))
+    made = ov.Model([ops.divide(score, score)], [image])
+    made.output(0).get_tensor().set_names({"pred_score"})
+    ov.save_model(made, tmp_path / "ratio.xml")
+    scorer = Scorer(tmp_path / "ratio.xml")
+    assert next(scorer.score_arrays([("grey", textured(8, 8))], "RGB")).score == 1
+    with pytest.raises(STPMError, match="black has the score nan: the model is damaged"):
+        list(scorer.score_arrays([("black", np.zeros((8, 8, 3), np.uint8))], "RGB"))
+
+
 def test_another_models_export_is_scored_and_its_thresholds_are_its_own(demo_root, tmp_path):
     """A graph with anomalib's outputs that says nothing of its thresholds."""
     from openvino import opset13 as ops
