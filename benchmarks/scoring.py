@@ -3,6 +3,7 @@
     python -m benchmarks.scoring grid      --checkpoint CKPT                          # sizes up to 100 MP, all settings
     python -m benchmarks.scoring drift     --checkpoint CKPT --images DIR/bottle      # a change of light is noticed
     python -m benchmarks.scoring threshold --checkpoint CKPT --images DIR/screw      # anew, on INT8
+    python -m benchmarks.scoring bfloat16  --checkpoint CKPT --images DIR/bottle      # what the resize loses in it
     python -m benchmarks.scoring table                                                # from what is kept
 
 Rows are kept in `results/scoring.json`. `drift` also counts false warnings on the raw scores that
@@ -30,6 +31,7 @@ from stpm_plugin.deployment import drift
 from stpm_plugin.deployment.images import decode, images_below
 from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.false_alarms import limit
+from stpm_plugin.model.pre_processing import resize_weights
 
 RESULT = Path(__file__).parent / "results" / "scoring.json"
 SIZES = [(64, 64), (256, 256), (480, 640), (1080, 1920), (3400, 3400), (2160, 3840), (10_000, 10_000)]
@@ -44,12 +46,12 @@ DRAWS = 2000
 def main() -> None:
     """Run one part, then tabulate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["grid", "drift", "threshold", "table"])
+    parser.add_argument("part", choices=["grid", "drift", "threshold", "bfloat16", "table"])
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--images", type=Path, help="folder in MVTec AD's layout: the checkpoint's category")
     args = parser.parse_args()
     if args.part != "table":
-        rows = {"grid": grid, "drift": light, "threshold": anew}[args.part](args)
+        rows = {"grid": grid, "drift": light, "threshold": anew, "bfloat16": rounded_sums}[args.part](args)
         kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         for key, row in rows.items():
             kept[key] = row | environment(f"python -m benchmarks.scoring {args.part}")
@@ -154,6 +156,37 @@ def anew(args: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
+def rounded_sums(args: argparse.Namespace) -> dict[str, Any]:
+    """How far a score moves if the graph's resize adds its weights up in bfloat16, emulated on any processor."""
+    model, rows = load(args.checkpoint), {}
+    normalize = model.pre_processor.export_transform[1:]
+
+    def score(images: torch.Tensor) -> float:
+        return float(model.post_processor(model.model(normalize(images))).pred_score)
+
+    def weights(length: int, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
+        exact = resize_weights(length, wanted, torch.zeros(1))
+        rounded = (exact * length).bfloat16()
+        total = torch.zeros(wanted, 1, dtype=torch.bfloat16)
+        for column in rounded.unbind(1):
+            total = total + column[:, None]
+        return exact, (rounded / total).float()
+
+    files = images_below(args.images / "test/good")[:3]
+    for height, width in [(900, 900), (1080, 1920), (2160, 3840)]:
+        (down, rounded_down), (across, rounded_across) = (
+            weights(*one) for one in zip((height, width), model.network_size, strict=True)
+        )
+        moved = []
+        for file in files:
+            image = cv2.resize(decode(file), (width, height))[:, :, ::-1].copy()
+            x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+            with torch.inference_mode():
+                moved.append(score(rounded_down @ x @ rounded_across.T) - score(down @ x @ across.T))
+        rows[f"bfloat16, emulated, {height} x {width}"] = {"score_moves": float(np.abs(moved).max())}
+    return rows
+
+
 def table(kept: dict[str, Any]) -> str:
     """Tables of what is kept."""
     grids = {key[6:]: row for key, row in kept.items() if key.startswith("grid")}
@@ -162,6 +195,7 @@ def table(kept: dict[str, Any]) -> str:
     for size, row in grids.items():
         cells = [f"{row['differences'][name]:.1e}" if name in row["differences"] else "" for name in names]
         lines.append(f"| {size} | {' | '.join(cells)} | {row['slowest_seconds']} |")
+    moved = [f"{key.split(', ')[2]}: {row['score_moves']:.3f}" for key, row in kept.items() if "score_moves" in row]
     text = "Largest difference of a normalised image score from torch's, over hints, batches, threads and exports:\n\n"
     text += "\n".join(lines) + "\n\nShare of windows in which a change of light is noticed:\n\n"
     text += "| category | light | noticed | median over held-out | called anomalous |\n|---|---|---|---|---|\n"
@@ -173,6 +207,7 @@ def table(kept: dict[str, Any]) -> str:
             )
     for category, share in kept.get("drift, false warnings", {}).get("windows", {}).items():
         text += f"| {category} | false warnings, kept scores | {share:.2%} | | |\n"
+    text += f"\nScores move, if a graph's resize adds its weights up in bfloat16 (emulated): {'; '.join(moved)}.\n"
     text += "\nFalse alarms of an INT8 export whose threshold was set anew on half of the good test images:\n\n"
     text += "| category | good images | asked | expected | found |\n|---|---|---|---|---|\n"
     for key, row in kept.items():
