@@ -22,7 +22,7 @@ from ..deployment.drift import Drift
 from ..deployment.heatmaps import place_of
 from ..deployment.images import UNREADABLE, VIDEOS, find_images
 from ..deployment.scorer import Hint, Precision, Scored, Scorer
-from ..deployment.table import Stamp, Table, cell, stamp
+from ..deployment.table import Stamp, Table, cell, stamp, video_of
 from ..deployment.watch import arrivals, check
 from ..deployment.worker import Worker
 from ..errors import STPMError
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 UNREAD, ANOMALOUS, STOPPED = 2, 3, 130  # exit codes
 AGAIN = 5.0  # seconds until a watch tries again what failed
-DESCRIPTION, _, EPILOG = (__doc__ or "").partition("\n\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser("python -m stpm_plugin.score", description=DESCRIPTION)
+    parser = argparse.ArgumentParser("python -m stpm_plugin.score", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("model", help=".xml or .onnx file that `anomalib export` wrote")
     parser.add_argument("images", nargs="+", help="folders, files, videos, or quoted patterns such as 'parts/**/*.png'")
     parser.add_argument("--csv", type=Path, default=Path("scores.csv"), help="the table (default %(default)s)")
@@ -124,10 +123,10 @@ class Run:
                 progress.end()
             names = set(map(cell, self.paths))
             for row in self.table.rows.values():
-                if row[0] in names or row[0].rpartition("#")[0] in names:
+                if video_of(row[0]) in names:
                     self.counts[row[3]] += 1
         for path in self.broken:
-            print(f"{cell(path)} {UNREADABLE}; no row was written.", file=sys.stderr)
+            self._report(path)
         return self._end()
 
     def watch(self) -> int:
@@ -177,8 +176,7 @@ class Run:
     def _keep(self, scored: Scored) -> None:
         """Write a verdict down, print it if asked to, and say if the scores have left the held-out ones."""
         if not self.table.has(scored.path):
-            seen = self.stamps.get(scored.path) or self.stamps.get(scored.path.rpartition("#")[0])
-            self.table.append(scored, seen)
+            self.table.append(scored, self.stamps.get(video_of(scored.path)))
         if self.options.json:
             print(json.dumps(as_dictionary(scored)), flush=True)
         if warning := self.drift.add(scored.raw):
@@ -189,7 +187,7 @@ class Run:
         self.broken[path] = None
 
     def _report(self, path: str) -> None:
-        """Say at once that a file cannot be read."""
+        """Say that a file cannot be read, and note it."""
         self._unreadable(path)
         print(f"{cell(path)} {UNREADABLE}; no row was written.", file=sys.stderr)
 

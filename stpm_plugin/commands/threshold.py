@@ -4,7 +4,8 @@
 
 Use images that trained nothing: later ones of the line, all good. The image threshold is set from their scores and the
 pixel threshold from the maxima of their maps, by the rule of docs/thresholds.md. A new model is written, which every
-host reads; its scores are s / (s + threshold). Without images the present thresholds are shown.
+host reads; its scores are s / (s + threshold). `--value` and `--sensitivity` move the present thresholds instead of
+images; with none of these they are shown.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def renewed(verdict: Verdict, options: argparse.Namespace) -> Verdict:
     """A verdict with thresholds from good images, and their scores in place of the held-out ones.
 
     Raises:
-        STPMError: The share is out of range, an image cannot be read, or a score is not finite.
+        STPMError: The share is out of range, or an image cannot be read.
     """
     if not 0 < options.false_alarms < 1:
         msg = f"--false-alarms {options.false_alarms} must lie between 0 and 1, such as 0.01."
@@ -100,9 +101,8 @@ def renewed(verdict: Verdict, options: argparse.Namespace) -> Verdict:
     quantile = 1 - options.false_alarms
     broken: list[str] = []
     scores, maxima = raw_scores(options.model, options.device, find_images(options.images), broken)
-    if broken or not np.isfinite(scores).all():
-        fault = f"{cell(broken[0])} {UNREADABLE}" if broken else "an image has a score that is not finite"
-        msg = f"{fault}; no threshold was set."
+    if broken:
+        msg = f"{cell(broken[0])} {UNREADABLE}; no threshold was set."
         raise STPMError(msg)
     alarms = limit(scores, quantile)
     print(f"image threshold {alarms.value:.4g}; {in_words(alarms, quantile)}")
