@@ -262,7 +262,7 @@ def start_up(folder: Path, image: Path) -> dict[str, Any]:
     model = folder / VARIANTS["OpenVINO FP32"][0]
     load = f"from anomalib.deploy import OpenVINOInferencer as I; I({str(model)!r}).predict({str(image)!r})"
     commands = {
-        "stpm_plugin.score": ["-m", "stpm_plugin.score", str(model), str(image)],
+        "stpm_plugin.score": ["-m", "stpm_plugin.commands", "score", str(model), str(image)],
         "OpenVINOInferencer": ["-c", load],
     }
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -373,7 +373,7 @@ def scored(model: Path, images: Iterable[Path], table: Path, options: list[str])
 
 def resident(model: Path, images: Path, table: Path) -> dict[str, Any]:
     """Follow the memory of `score` in a process of its own over a folder."""
-    command = [sys.executable, "-m", "stpm_plugin.score", str(model), str(images), "--csv", str(table)]
+    command = [sys.executable, "-m", "stpm_plugin.commands", "score", str(model), str(images), "--csv", str(table)]
     start = time.perf_counter()
     environment_of = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment_of) as process:

@@ -43,7 +43,7 @@ RESULT = ROOT / "benchmarks" / "results" / "reliability.json"
 NETWORK = ("--model", "STPM", "--model.backbone", "resnet18")
 SMALL = (*NETWORK, "--model.teacher_weights", "builtin", "--model.image_size", "[64,64]", "--model.seed", "0")
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu")
-ANOMALIB, SCORE = ("-m", "stpm_plugin"), ("-m", "stpm_plugin.score")
+ANOMALIB, SCORE = ("-m", "stpm_plugin"), ("-m", "stpm_plugin.commands", "score")
 TIMEOUT = 1200  # seconds
 SAME = 2e-3  # of scores, by routes that decode, resize and compute in different libraries
 RIGHT, SENTENCE, LOGGED, HOST = "right", "one sentence", "a sentence, then the host's trace", "the host's words"
@@ -475,7 +475,7 @@ def _(folder: Path) -> Row:
 
 @fault("half a checkpoint: verify")
 def _(folder: Path) -> Row:
-    command = ("-m", "stpm_plugin.verify", _broken_checkpoint(folder), whole().model, whole().images)
+    command = ("-m", "stpm_plugin.commands", "verify", _broken_checkpoint(folder), whole().model, whole().images)
     done = run(*command, cwd=folder)
     return done.row("nothing", done.code == 1)
 
@@ -536,7 +536,7 @@ def _(folder: Path) -> Row:
 
 @fault("code in a checkpoint: verify")
 def _(folder: Path) -> Row:
-    command = ("-m", "stpm_plugin.verify", folder / "bomb.ckpt", whole().model, whole().images)
+    command = ("-m", "stpm_plugin.commands", "verify", folder / "bomb.ckpt", whole().model, whole().images)
     return _bomb(folder, "bomb.ckpt", *command)
 
 

@@ -1,8 +1,10 @@
-"""Draw what a trained model sees: ``python -m stpm_plugin.explain``."""
+"""Moved: `stpm explain`."""
 
 import sys
 
-from .commands.explain import main
+from .commands.entry import moved
+
+main = moved("explain")
 
 if __name__ == "__main__":
     sys.exit(main())

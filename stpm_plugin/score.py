@@ -1,11 +1,12 @@
-"""Score folders of images: ``python -m stpm_plugin.score``."""
+"""Moved: `stpm score`. The class `Scorer`, for programs, stays here too."""
 
 import sys
 
-from .commands.score import main
+from .commands.entry import moved
 from .deployment.scorer import Scorer
 
 __all__ = ["Scorer", "main"]
+main = moved("score")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,10 @@
-"""Compare an export with its checkpoint: ``python -m stpm_plugin.verify``."""
+"""Moved: `stpm verify`."""
 
 import sys
 
-from .commands.verify import main
+from .commands.entry import moved
+
+main = moved("verify")
 
 if __name__ == "__main__":
     sys.exit(main())

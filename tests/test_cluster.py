@@ -10,7 +10,7 @@ import pytest
 from conftest import rows, run
 
 from stpm_plugin import STPM
-from stpm_plugin.commands import score
+from stpm_plugin.commands.entry import main as stpm
 
 pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 
@@ -48,12 +48,12 @@ def test_a_lost_workers_images_are_scored_again(address, exported, numbered_imag
     (folder / "55.png").unlink()
     (folder / "55.png").write_bytes(b"no image")
     plain, spread = tmp_path / "plain.csv", tmp_path / "spread.csv"
-    assert score.main([str(exported), str(folder), "--csv", str(plain)]) == 2
+    assert stpm(["score", str(exported), str(folder), "--csv", str(plain)]) == 2
     killed = []
     killer = threading.Thread(target=kill_a_worker, args=(killed, spread), daemon=True)
     killer.start()
     command = [str(exported), str(folder), "--csv", str(spread), "--ray", address, "--json"]
-    said = run("-m", "stpm_plugin.score", *command, check=False)
+    said = run("-m", "stpm_plugin.commands", "score", *command, check=False)
     assert "55.png cannot be read" in said
     assert said.count('"regions": [') == 199
     assert killed
@@ -73,6 +73,15 @@ def test_weights_beside_an_onnx_file_are_sent_along(trained, numbered_images, tm
         onnx.load(plain), external, save_as_external_data=True, location="external.onnx.data", size_threshold=0
     )
     for table, ray in (("here.csv", []), ("there.csv", ["--ray", "local"])):
-        run("-m", "stpm_plugin.score", str(external), str(numbered_images), "--csv", str(tmp_path / table), *ray)
+        run(
+            "-m",
+            "stpm_plugin.commands",
+            "score",
+            str(external),
+            str(numbered_images),
+            "--csv",
+            str(tmp_path / table),
+            *ray,
+        )
     here, there = rows(tmp_path / "here.csv"), rows(tmp_path / "there.csv")
     assert [(row["path"], row["score"]) for row in here] == [(row["path"], row["score"]) for row in there]

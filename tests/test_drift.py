@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import openvino as ov
 import pytest
 from conftest import rows, run
 from scipy import stats
 
-from stpm_plugin.commands import score, threshold
+from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.deployment.drift import WINDOW, Drift, describe, shifts
 from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.false_alarms import limit
@@ -53,25 +54,35 @@ def test_good_test_images_of_real_parts_are_no_change(category):
 
 def test_the_command_warns(exported, demo_root, tmp_path, capsys, monkeypatch):
     scorer = Scorer(exported)
-    monkeypatch.setattr("stpm_plugin.commands.score.Drift", lambda _: Drift([0.01 * n for n in range(20)]))
+    monkeypatch.setattr("stpm_plugin.commands.scoring.Drift", lambda _: Drift([0.01 * n for n in range(20)]))
     folder = tmp_path / "many"
     folder.mkdir()
     source = next(demo_root.glob("*/test/good/000.png"))
     for number in range(WINDOW):
         (folder / f"{number}.png").symlink_to(source)
-    assert score.main([str(exported), str(folder), "--csv", str(tmp_path / "s.csv")]) == 0
+    assert stpm(["score", str(exported), str(folder), "--csv", str(tmp_path / "s.csv")]) == 0
     said = capsys.readouterr().err
     assert f"warning: the last {WINDOW} images score above" in said
     assert "light, camera or product has changed" in said
     assert len(scorer.verdict.held_out_scores) == 2  # what the model itself holds, too few to tell
 
 
-def test_a_threshold_is_set_anew_by_the_rule_and_every_host_takes_it(exported, demo_root, tmp_path, capsys):
-    good, new = str(next(demo_root.glob("*/train/good"))), tmp_path / "new.xml"
-    assert threshold.main([str(exported), good, "--false-alarms", "0.1", "--out", str(new)]) == 0
+@pytest.fixture
+def good(demo_root, tmp_path) -> str:
+    """A folder of good images that trained nothing: mirrored ones."""
+    folder = tmp_path / "later/good"
+    folder.mkdir(parents=True)
+    for path in demo_root.glob("*/train/good/*"):
+        cv2.imwrite(str(folder / path.name), cv2.imread(str(path))[:, ::-1])
+    return str(folder)
+
+
+def test_a_threshold_is_set_anew_by_the_rule_and_every_host_takes_it(exported, good, tmp_path, capsys):
+    new = tmp_path / "new.xml"
+    assert stpm(["threshold", str(exported), "--good", good, "--false-alarms", "0.1", "--out", str(new)]) == 0
     said = capsys.readouterr().out
     table = tmp_path / "s.csv"
-    assert score.main([str(new), good, "--csv", str(table)]) == 0
+    assert stpm(["score", str(new), good, "--csv", str(table)]) == 0
     raw = np.array([float(row["raw"]) for row in rows(table)])
     scorer = Scorer(new)
     assert scorer.verdict.image.threshold == pytest.approx(limit(raw, 0.9).value, rel=1e-5)
@@ -86,27 +97,29 @@ def test_a_threshold_is_set_anew_by_the_rule_and_every_host_takes_it(exported, d
         assert float(row["score"]) == pytest.approx(one.raw / (one.raw + scorer.verdict.image.threshold), abs=1e-5)
 
 
-def test_a_threshold_takes_good_readable_images_and_shows_itself(exported, demo_root, tmp_path, capsys):
-    assert threshold.main([str(exported)]) == 0
+def test_a_threshold_takes_good_readable_images_and_shows_itself(exported, good, demo_root, tmp_path, capsys):
+    assert stpm(["threshold", str(exported)]) == 0
     assert "pixel threshold" in capsys.readouterr().out
     moved = tmp_path / "moved.xml"
-    assert threshold.main([str(exported), "--value", "0.7", "--out", str(moved)]) == 0
+    assert stpm(["threshold", str(exported), "--value", "0.7", "--out", str(moved)]) == 0
     assert Scorer(moved).verdict.image.raw_limit == pytest.approx(0.7)
-    assert threshold.main([str(exported), "--sensitivity", "0.6", "--out", str(moved)]) == 0
+    assert stpm(["threshold", str(exported), "--sensitivity", "0.6", "--out", str(moved)]) == 0
     assert Scorer(moved).verdict == Scorer(exported, sensitivity=0.6).verdict
     (tmp_path / "x.png").write_bytes(b"no image")
     before = sorted(exported.parent.iterdir())
     for arguments, words in [
-        (["x.png"], "x.png cannot be read as an image"),
-        ([str(demo_root), "--false-alarms", "1"], "--false-alarms 1.0 must lie between 0 and 1"),
+        (["--good", "x.png"], "x.png cannot be read as an image"),
+        (["--good", good, "--false-alarms", "1"], "--false-alarms 1.0 must lie between 0 and 1"),
+        (["--good", str(next(demo_root.glob("*/train/good")))], "of the 10 images trained the model"),
+        (["--good", good, "--value", "1"], "--good and --value each set the threshold: give one of them"),
+        (["--false-alarms", "0.1"], "--false-alarms needs good images"),
     ]:
-        assert threshold.main([str(exported), *arguments]) == 1
+        assert stpm(["threshold", str(exported), *arguments]) == 1
         assert words in capsys.readouterr().err
     assert sorted(exported.parent.iterdir()) == before
 
 
-def test_a_threshold_needs_neither_torch_nor_anomalib(exported, demo_root, tmp_path):
-    code = "import sys; from stpm_plugin.threshold import main; print(main(sys.argv[1:]), "
+def test_a_threshold_needs_neither_torch_nor_anomalib(exported, good, tmp_path):
+    code = "import sys; from stpm_plugin.commands.entry import main; print(main(['threshold', *sys.argv[1:]]), "
     code += "[name for name in ('torch', 'anomalib', 'lightning', 'timm') if name in sys.modules])"
-    good = str(next(demo_root.glob("*/train/good")))
-    assert run("-c", code, str(exported), good, "--out", str(tmp_path / "new.xml")).strip().endswith("0 []")
+    assert run("-c", code, str(exported), "--good", good, "--out", str(tmp_path / "new.xml")).strip().endswith("0 []")

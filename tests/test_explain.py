@@ -4,19 +4,20 @@ from PIL import Image
 
 from stpm_plugin import STPM
 from stpm_plugin.commands import explain
+from stpm_plugin.commands.entry import main as stpm
 
 
 def test_pictures_of_images_scores_and_training(trained, demo_root, tmp_path):
     checkpoint = str(trained[2])
     images = str(next(demo_root.glob("*/test")))
-    assert explain.main([checkpoint, images, "--out", "there", "--most", "3"]) == 0
+    assert stpm(["explain", checkpoint, images, "--out", "there", "--most", "3"]) == 0
     names = sorted(path.name for path in (tmp_path / "there").iterdir())
     assert names[-2:] == ["scores.png", "training.png"]
     assert [name[:3] for name in names[:-2]] == ["00-", "01-", "02-"]
     assert all(Image.open(tmp_path / "there" / name).width > 500 for name in names)
     (tmp_path / "there/broken.png").write_bytes(b"no image")
-    assert explain.main([checkpoint, "there/broken.png", "--out", "there"]) == 2
-    assert explain.main(["missing.ckpt", images]) == 1
+    assert stpm(["explain", checkpoint, "there/broken.png", "--out", "there"]) == 2
+    assert stpm(["explain", "missing.ckpt", images]) == 1
 
 
 def test_levels_multiply_to_the_map(trained, demo_root):

@@ -12,7 +12,7 @@ from anomalib.engine import Engine
 from conftest import NUMBERED, rows, run
 from PIL import Image
 
-from stpm_plugin.commands import score
+from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.deployment.heatmaps import overlay
 from stpm_plugin.deployment.images import find_images, read_images
 from stpm_plugin.errors import STPMError
@@ -55,12 +55,12 @@ def test_pixels_are_those_of_training(tmp_path, kind):
 def test_scores_equal_the_engines(trained, exported, numbered_images, tmp_path, batch):
     table = tmp_path / "scores.csv"
     command = [str(exported), str(numbered_images), "--csv", str(table), "--batch", str(batch)]
-    assert score.main(command) == 0
+    assert stpm(["score", *command]) == 0
     found = {row["path"]: row for row in rows(table)}
     assert [*found] == [str(numbered_images / f"frame {number}.png") for number in (7, 8, 9, 10, 11)]
-    stpm, _, checkpoint = trained
+    module, _, checkpoint = trained
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
-    for prediction in engine.predict(stpm, dataset=PredictDataset(numbered_images), ckpt_path=checkpoint):
+    for prediction in engine.predict(module, dataset=PredictDataset(numbered_images), ckpt_path=checkpoint):
         row = found[prediction.image_path[0]]
         assert float(row["score"]) == pytest.approx(prediction.pred_score.item(), rel=1e-3, abs=1e-4)
         assert row["label"] == ["normal", "anomalous"][int(prediction.pred_label)]
@@ -75,7 +75,7 @@ def test_unreadable_files_lose_nothing(exported, numbered_images, tmp_path, caps
     (folder / "frame 9.png").write_bytes(b"")
     (folder / "frame 10.png").write_bytes((numbered_images / "frame 10.png").read_bytes()[:50])
     table = tmp_path / "scores.csv"
-    assert score.main([str(exported), str(folder), "--csv", str(table)]) == 2
+    assert stpm(["score", str(exported), str(folder), "--csv", str(table)]) == 2
     said = capsys.readouterr().err
     for number in (9, 10):
         assert f"{folder / f'frame {number}.png'} cannot be read as an image" in said
@@ -99,7 +99,7 @@ def test_an_image_that_training_reads_otherwise_is_refused(tmp_path, name):
 def test_a_heat_map_that_is_not_written_is_said(exported, numbered_images, tmp_path, capsys):
     (tmp_path / "m").write_text("a file where the folder should be")
     command = [str(exported), str(numbered_images), "--csv", str(tmp_path / "s.csv"), "--heatmaps", str(tmp_path / "m")]
-    assert score.main(command) == 1
+    assert stpm(["score", *command]) == 1
     assert "frame 7.png.heatmap.jpg cannot be written" in capsys.readouterr().err
     assert rows(tmp_path / "s.csv") == []
 
@@ -109,11 +109,11 @@ def test_heatmaps_lie_as_the_images_do_and_are_no_input(exported, numbered_image
     for number, folder in [(7, "a"), (9, "b")]:
         (images / folder).mkdir(parents=True)
         (images / folder / "x.png").write_bytes((numbered_images / f"frame {number}.png").read_bytes())
-    assert score.main([str(exported), str(images), "--csv", str(table)]) == 0
+    assert stpm(["score", str(exported), str(images), "--csv", str(table)]) == 0
     first = table.read_bytes()
     command = [str(exported), str(images), "--csv", str(table), "--heatmaps", str(images / "maps")]
     for _ in range(2):  # asked for later, they are drawn; they lie among the images and are not scored
-        assert score.main(command) == 0
+        assert stpm(["score", *command]) == 0
         drawn = [cv2.imread(str(images / f"maps/{folder}/x.png.heatmap.jpg")).shape[:2] for folder in "ab"]
         assert drawn == [NUMBERED[0], NUMBERED[2]]
     assert table.read_bytes() == first
@@ -158,7 +158,7 @@ def test_bad_input_is_one_sentence(arguments, words, exported, numbered_images, 
     broken = tmp_path / "broken.xml"
     broken.write_text("<net>\n")
     places = {"model": exported, "images": numbered_images, "broken": broken}
-    assert score.main([argument.format(**places) for argument in arguments]) == 1
+    assert stpm(["score", *(argument.format(**places) for argument in arguments)]) == 1
     said = capsys.readouterr().err.strip()
     assert words in said
     assert "\n" not in said
@@ -168,8 +168,8 @@ def test_bad_input_is_one_sentence(arguments, words, exported, numbered_images, 
 def test_scoring_needs_neither_torch_nor_anomalib(exported, numbered_images, tmp_path):
     names = ["torch", "anomalib", "lightning", "timm", "rich", "psutil", "scipy", "watchfiles"]
     absent = f"import sys; sys.modules.update(dict.fromkeys({names}));"
-    code = f"{absent} from stpm_plugin.score import main; sys.exit(main(sys.argv[1:]))"
+    code = f"{absent} from stpm_plugin.commands.entry import main; sys.exit(main(['score', *sys.argv[1:]]))"
     run("-c", code, str(exported), str(numbered_images), "--csv", str(tmp_path / "scores.csv"))
     assert len(rows(tmp_path / "scores.csv")) == len(NUMBERED)
-    assert "usage: python -m stpm_plugin.score" in run("-m", "stpm_plugin.score", "--help")
+    assert "usage: stpm score" in run("-m", "stpm_plugin.commands", "score", "--help")
     assert sys.modules["torch"]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import rows, run
 
-from stpm_plugin.commands import score
+from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.deployment.scorer import Scored
 from stpm_plugin.deployment.table import COLUMNS, Table, stamp
 from stpm_plugin.errors import STPMError
@@ -32,25 +32,25 @@ def names(table: Path) -> list[str]:
 
 def test_a_half_done_table_is_resumed(exported, images, tmp_path):
     whole, half = tmp_path / "whole.csv", tmp_path / "half.csv"
-    assert score.main([str(exported), str(images), "--csv", str(whole)]) == 0
+    assert stpm(["score", str(exported), str(images), "--csv", str(whole)]) == 0
     half.write_bytes(whole.read_bytes()[:-20])  # the last row is cut off
     kept = rows(half)[:4]
-    assert score.main([str(exported), str(images), "--csv", str(half)]) == 0
+    assert stpm(["score", str(exported), str(images), "--csv", str(half)]) == 0
     assert rows(half)[:4] == kept
     assert [row["raw"] for row in rows(half)] == [row["raw"] for row in rows(whole)]
     before = half.read_bytes()
-    assert score.main([str(exported), str(images), "--csv", str(half)]) == 0
+    assert stpm(["score", str(exported), str(images), "--csv", str(half)]) == 0
     assert half.read_bytes() == before
 
 
 def test_an_image_that_changed_is_scored_again_and_one_that_is_gone_leaves(exported, images, tmp_path, capsys):
     table = tmp_path / "s.csv"
-    score.main([str(exported), str(images), "--csv", str(table)])
+    stpm(["score", str(exported), str(images), "--csv", str(table)])
     before = {row["path"]: row for row in rows(table)}
     latest, gone = images / "frame 7.png", images / "frame 8.png"
     shutil.copyfile(images / "frame 11.png", latest)
     gone.unlink()
-    score.main([str(exported), str(images), "--csv", str(table)])
+    stpm(["score", str(exported), str(images), "--csv", str(table)])
     after = {row["path"]: row for row in rows(table)}
     assert str(gone) not in after
     assert after[str(latest)]["raw"] == before[str(images / "frame 11.png")]["raw"] != before[str(latest)]["raw"]
@@ -60,9 +60,9 @@ def test_an_image_that_changed_is_scored_again_and_one_that_is_gone_leaves(expor
 
 def test_the_same_bytes_at_another_time_are_another_image(exported, images, tmp_path):
     table = tmp_path / "s.csv"
-    score.main([str(exported), str(images), "--csv", str(table)])
+    stpm(["score", str(exported), str(images), "--csv", str(table)])
     os.utime(images / "frame 9.png", ns=(0, 10**18 + 1))
-    score.main([str(exported), str(images), "--csv", str(table)])
+    stpm(["score", str(exported), str(images), "--csv", str(table)])
     assert rows(table)[-1]["modified"] == "1000000000.000000001"
     assert len(rows(table)) == 5
 
@@ -70,7 +70,7 @@ def test_the_same_bytes_at_another_time_are_another_image(exported, images, tmp_
 @pytest.mark.parametrize("option", ["model", "settings"])
 def test_rows_of_another_model_or_other_settings_are_refused(option, exported, images, tmp_path, capsys):
     table = tmp_path / "s.csv"
-    score.main([str(exported), str(images), "--csv", str(table)])
+    stpm(["score", str(exported), str(images), "--csv", str(table)])
     before = table.read_bytes()
     command = [str(exported), str(images), "--csv", str(table)]
     if option == "settings":
@@ -80,12 +80,12 @@ def test_rows_of_another_model_or_other_settings_are_refused(option, exported, i
         weights = bytearray(exported.with_suffix(".bin").read_bytes())
         weights[-1] ^= 1
         (tmp_path / "other.bin").write_bytes(weights)
-    assert score.main(command) == 1
+    assert stpm(["score", *command]) == 1
     said = capsys.readouterr().err
     assert ("holds scores by the model" if option == "model" else "holds scores by other settings (CPU f32)") in said
     assert "--restart" in said
     assert table.read_bytes() == before
-    assert score.main([*command, "--restart"]) == 0
+    assert stpm(["score", *command, "--restart"]) == 0
     assert len(rows(table)) == 5
 
 
@@ -107,7 +107,7 @@ def test_a_file_of_something_else_stays_as_it_is(content, words, exported, image
     table = tmp_path / "theirs"
     table.write_bytes(content)
     for more in ([], ["--restart"]):
-        assert score.main([str(exported), str(images), "--csv", str(table), *more]) == 1
+        assert stpm(["score", str(exported), str(images), "--csv", str(table), *more]) == 1
         assert words in capsys.readouterr().err
         assert table.read_bytes() == content
 
@@ -115,10 +115,10 @@ def test_a_file_of_something_else_stays_as_it_is(content, words, exported, image
 def test_an_empty_file_a_blank_line_and_a_damaged_row_are_no_obstacle(exported, images, tmp_path):
     table = tmp_path / "s.csv"
     table.touch()
-    assert score.main([str(exported), str(images), "--csv", str(table)]) == 0
+    assert stpm(["score", str(exported), str(images), "--csv", str(table)]) == 0
     lines = table.read_bytes().splitlines(keepends=True)
     table.write_bytes(b"".join([b"\xef\xbb\xbf" + lines[0], lines[1], b"\r\n", b"/cut,0.5\r\n", *lines[2:]]))
-    assert score.main([str(exported), str(images), "--csv", str(table)]) == 0
+    assert stpm(["score", str(exported), str(images), "--csv", str(table)]) == 0
     assert table.read_bytes() == b"".join(lines)
 
 
@@ -126,7 +126,7 @@ def test_one_image_by_two_spellings_is_one(exported, images, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(images)
     sources = ["images", str(images / "frame 7.png"), "./images/../images/*.png", "link"]
-    assert score.main([str(exported), *sources]) == 0
+    assert stpm(["score", str(exported), *sources]) == 0
     assert names(tmp_path / "scores.csv") == [f"frame {number}.png" for number in (7, 8, 9, 10, 11)]
 
 
@@ -138,7 +138,7 @@ def test_names_that_are_no_text(exported, images, tmp_path):
         with open(os.fsencode(images) + b"/" + name, "wb") as file:  # noqa: PTH123  # a name of bytes
             file.write(source)
     table = tmp_path / "s.csv"
-    command = ("-m", "stpm_plugin.score", str(exported), str(images), "--csv", str(table), "--json")
+    command = ("-m", "stpm_plugin.commands", "score", str(exported), str(images), "--csv", str(table), "--json")
     for _ in range(2):  # the second finds every row
         said = run(*command, env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
         assert sorted(names(table)) == sorted(["=1+1.png", "\\xff.png", "ä ,\"'.png", "two\\nlines.png"])
@@ -149,7 +149,7 @@ def test_names_that_are_no_text(exported, images, tmp_path):
 def test_two_processes_write_no_table_together(exported, images, tmp_path, capsys):
     table = tmp_path / "s.csv"
     with Table(table, "model", "settings"):
-        assert score.main([str(exported), str(images), "--csv", str(table)]) == 1
+        assert stpm(["score", str(exported), str(images), "--csv", str(table)]) == 1
     assert "is being written by another process" in capsys.readouterr().err
 
 
@@ -176,9 +176,9 @@ def test_a_full_disk_leaves_whole_rows(images, tmp_path, monkeypatch):
 
 LIMITED = """
 import resource, sys
-from stpm_plugin.commands.score import main
+from stpm_plugin.commands.entry import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(["score", *sys.argv[1:]]))
 """
 
 
@@ -190,7 +190,7 @@ def test_the_command_says_that_there_is_no_room_and_resumes(exported, images, tm
     assert "Traceback" not in said
     assert 0 < len(rows(table)) < 5
     before = table.read_bytes()
-    assert score.main([str(exported), str(images), "--csv", str(table)]) == 0
+    assert stpm(["score", str(exported), str(images), "--csv", str(table)]) == 0
     assert table.read_bytes().startswith(before)
     assert len(set(names(table))) == len(rows(table)) == 5
 
@@ -201,7 +201,7 @@ def test_a_stopped_command_leaves_whole_rows_and_is_resumed(sent, exported, numb
     many.mkdir()
     for number in range(300):
         os.link(numbered_images / "frame 7.png", many / f"{number}.png")
-    command = [sys.executable, "-m", "stpm_plugin.score", str(exported), str(many), "--csv", str(table)]
+    command = [sys.executable, "-m", "stpm_plugin.commands", "score", str(exported), str(many), "--csv", str(table)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (table.exists() and len(table.read_bytes().splitlines()) > 5):
         time.sleep(0.01)
@@ -214,7 +214,7 @@ def test_a_stopped_command_leaves_whole_rows_and_is_resumed(sent, exported, numb
         assert "Traceback" not in said
     before = table.read_bytes()
     assert len(rows(table)) < 300
-    assert score.main([str(exported), str(many), "--csv", str(table)]) == 0
+    assert stpm(["score", str(exported), str(many), "--csv", str(table)]) == 0
     assert table.read_bytes().startswith(before[: before.rindex(b"\n")])
     assert names(table) == [f"{number}.png" for number in range(300)]
     assert not list(tmp_path.glob(".s.csv*"))
@@ -223,7 +223,7 @@ def test_a_stopped_command_leaves_whole_rows_and_is_resumed(sent, exported, numb
 def test_json_lines_hold_regions_and_the_exit_code_tells(exported, demo_root, tmp_path, capsys):
     images = str(next(demo_root.glob("*/test")))
     command = [str(exported), images, "--csv", str(tmp_path / "s.csv"), "--json", "--fail-on-anomaly"]
-    code = score.main([*command, "--sensitivity", "0.99"])
+    code = stpm(["score", *command, "--sensitivity", "0.99"])
     out, err = capsys.readouterr()
     found = [json.loads(line) for line in out.splitlines()]
     assert len(found) == len(rows(tmp_path / "s.csv"))
@@ -237,7 +237,7 @@ def test_json_lines_hold_regions_and_the_exit_code_tells(exported, demo_root, tm
             assert 0 <= region["x"] < region["x"] + region["w"] <= width
             assert 0 <= region["y"] < region["y"] + region["h"] <= height
             assert 0 < region["area"] <= region["w"] * region["h"]
-    assert score.main([*command, "--restart", "--threshold", "2"]) == 0
+    assert stpm(["score", *command, "--restart", "--threshold", "2"]) == 0
 
 
 def test_a_video_is_scored_by_frames_and_resumed(exported, numbered_images, tmp_path):
@@ -246,13 +246,13 @@ def test_a_video_is_scored_by_frames_and_resumed(exported, numbered_images, tmp_
     for number in range(6):
         writer.write(np.full((64, 64, 3), 40 * number, np.uint8))
     writer.release()
-    assert score.main([str(exported), str(video), "--csv", str(table)]) == 0
+    assert stpm(["score", str(exported), str(video), "--csv", str(table)]) == 0
     whole = table.read_bytes()
     assert names(table) == [f"line.avi#{number}" for number in range(6)]
     assert len({row["raw"] for row in rows(table)}) > 1
     lines = whole.splitlines(keepends=True)
     table.write_bytes(b"".join(lines[:4]))
-    assert score.main([str(exported), str(video), "--csv", str(table)]) == 0
+    assert stpm(["score", str(exported), str(video), "--csv", str(table)]) == 0
     assert [row["raw"] for row in rows(table)] == [line.split(b",")[2].decode() for line in lines[1:]]
 
 

@@ -3,6 +3,7 @@ import torch
 
 from stpm_plugin import STPM
 from stpm_plugin.commands import verify
+from stpm_plugin.commands.entry import main as stpm
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +18,13 @@ def models(trained, exported, tmp_path_factory):
 def test_a_right_model_agrees_and_a_wrong_one_does_not(models, demo_root, capsys):
     checkpoint, right, wrong = map(str, models)
     images = str(next(demo_root.glob("*/test")))
-    assert verify.main([checkpoint, right, images]) == 0
+    assert stpm(["verify", checkpoint, right, images]) == 0
     said = capsys.readouterr().out
     assert "f32: scores differ by " in said
     assert "equal labels 100.0%" in said
     assert " ms an image" in said
     assert "the two agree" in said
-    assert verify.main([checkpoint, wrong, images, "--precision", "f32"]) == 1
+    assert stpm(["verify", checkpoint, wrong, images, "--precision", "f32"]) == 1
     said = capsys.readouterr().out
     assert "NOT safe" in said
     assert "do NOT agree" in said
@@ -33,16 +34,16 @@ def test_images_that_were_not_compared_are_no_success(models, demo_root, tmp_pat
     checkpoint, right, _ = map(str, models)
     (tmp_path / "broken.png").write_bytes(b"no image")
     images = [str(next(demo_root.glob("*/test/good/*"))), str(tmp_path / "broken.png")]
-    assert verify.main([checkpoint, right, *images]) == 2
+    assert stpm(["verify", checkpoint, right, *images]) == 2
     assert "broken.png cannot be read" in capsys.readouterr().err
 
 
 def test_a_score_that_is_not_a_number_disagrees(models, demo_root, monkeypatch, capsys):
     monkeypatch.setattr(verify, "tensor", lambda image: torch.full((1, 3, 64, 64), torch.nan))
-    assert verify.main([str(models[0]), str(models[1]), str(next(demo_root.glob("*/test/good")))]) == 1
+    assert stpm(["verify", str(models[0]), str(models[1]), str(next(demo_root.glob("*/test/good")))]) == 1
     assert "NOT safe" in capsys.readouterr().out
 
 
 def test_missing_checkpoint_is_one_sentence(models, tmp_path, capsys):
-    assert verify.main(["missing.ckpt", str(models[1]), str(tmp_path)]) == 1
+    assert stpm(["verify", "missing.ckpt", str(models[1]), str(tmp_path)]) == 1
     assert capsys.readouterr().err.strip() == "the checkpoint missing.ckpt does not exist."

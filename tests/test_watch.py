@@ -18,7 +18,17 @@ DEADLINE = 60  # seconds
 @contextmanager
 def watching(exported, folder, table, *more, stop=signal.SIGINT):
     """The command, watching; yields its process and stops it at the end."""
-    command = [sys.executable, "-m", "stpm_plugin.score", str(exported), str(folder), "--watch", "--csv", str(table)]
+    command = [
+        sys.executable,
+        "-m",
+        "stpm_plugin.commands",
+        "score",
+        str(exported),
+        str(folder),
+        "--watch",
+        "--csv",
+        str(table),
+    ]
     process = subprocess.Popen([*command, *more], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield process
@@ -85,15 +95,16 @@ def test_a_killed_watch_loses_none_and_repeats_none(exported, numbered_images, f
 FULL = """
 import os, sys
 from pathlib import Path
-from stpm_plugin.commands import score
-score.AGAIN = 0.2
+from stpm_plugin.commands import scoring
+from stpm_plugin.commands.entry import main
+scoring.AGAIN = 0.2
 write = os.write
 def full(file, line):
     if len(line) > 60 and not Path(sys.argv[-1]).exists():
         raise OSError(28, "No space left on device")
     return write(file, line)
 os.write = full
-sys.exit(score.main(sys.argv[1:-1]))
+sys.exit(main(["score", *sys.argv[1:-1]]))
 """
 
 

@@ -1,1 +1,1 @@
-"""What a person types: score, verify, explain."""
+"""What a person types: the sub-commands of `stpm`."""

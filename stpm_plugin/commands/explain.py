@@ -1,16 +1,10 @@
-"""Draw what a trained model sees: the levels' maps beside the anomaly map, its training, and its scores.
-
-    python -m stpm_plugin.explain model.ckpt FOLDER --out explained
-
-Writes `training.png`, the held-out score over the epochs with the selected one marked; `scores.png`, a histogram of
-image scores with the threshold; and one panel for each of the `--most` images with the highest scores.
-"""
+"""`stpm explain`: what a trained model sees."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,14 +16,38 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..deployment.images import UNREADABLE, find_images, read_images
-from ..errors import STPMError
-from .verify import load, tensor
+from .verify import load, tensor, trained_on
 
 if TYPE_CHECKING:
     from ..training.lightning_model import STPM
 
+TRAINED = "training images"  # in place of their folder
 NORMAL, ANOMALOUS, OTHER = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito's, safe for colour-blind readers
 THRESHOLD = 0.5  # of normalised scores
+
+
+@dataclass
+class Explain:
+    """Draw what a trained model sees: the levels' maps beside the anomaly map, its training, and its scores.
+
+    Writes training.png, the held-out score over the epochs with the selected one marked; scores.png, a histogram of
+    image scores with the threshold; and one panel for each of the images with the highest scores.
+
+    Args:
+        checkpoint: .ckpt file of a trained STPM.
+        images: Folders, files or patterns; folders named `good` are normal.
+        out: Folder to write.
+        most: Pictures of single images.
+    """
+
+    checkpoint: str
+    images: list[str]
+    out: Path = Path("explained")
+    most: int = 20
+
+    def run(self) -> int:
+        """Draw; returns 0, or 2 if images could not be read."""
+        return explain(self.checkpoint, self.images, self.out, self.most)
 
 
 class Seen(NamedTuple):
@@ -86,12 +104,15 @@ def draw_scores(scores: Sequence[float], folders: Sequence[str]) -> Figure:
     figure = Figure(figsize=(5, 3), layout="constrained")
     axis = figure.subplots()
     bins = np.linspace(0, max(1.0, *scores), 41).tolist()
-    if "good" in folders:
-        good = np.array([folder == "good" for folder in folders])
-        axis.hist(np.array(scores)[good], bins, color=NORMAL, alpha=0.7, label="good")
-        axis.hist(np.array(scores)[~good], bins, color=ANOMALOUS, alpha=0.7, label="others")
-    else:
-        axis.hist(scores, bins, color=OTHER, label="images")
+    values, names = np.array(scores), np.array(folders)
+    good, trained = names == "good", names == TRAINED
+    if trained.any():
+        axis.hist(values[trained], bins, color=OTHER, alpha=0.5, label=TRAINED)
+    if good.any():
+        axis.hist(values[good], bins, color=NORMAL, alpha=0.7, label="good")
+        axis.hist(values[~good & ~trained], bins, color=ANOMALOUS, alpha=0.7, label="others")
+    elif not trained.all():
+        axis.hist(values[~trained], bins, color=ANOMALOUS if trained.any() else OTHER, alpha=0.7, label="images")
     axis.axvline(THRESHOLD, color="black", linestyle="--", label="threshold")
     axis.set(xlabel="image score", ylabel="images")
     axis.legend()
@@ -109,27 +130,15 @@ def draw_training(scores: Sequence[float], chosen: int) -> Figure:
     return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, 1 after an error, or 2 if images could not be read."""
-    parser = argparse.ArgumentParser("python -m stpm_plugin.explain", description=__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoint", help=".ckpt file of a trained STPM")
-    parser.add_argument("images", nargs="+", help="folders, files or patterns; folders named `good` are normal")
-    parser.add_argument("--out", type=Path, default=Path("explained"), help="folder to write (default %(default)s)")
-    parser.add_argument("--most", type=int, default=20, help="pictures of single images (default %(default)s)")
-    options = parser.parse_args(arguments)
-    try:
-        return explain(options.checkpoint, options.images, options.out, options.most)
-    except (STPMError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-
-
 def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int:
     """Write all panels into a folder; returns the exit code."""
     from ..training.selection import CHECKPOINT_KEY
 
     model = load(checkpoint)
     paths: list[str] = find_images(images)
+    trained = trained_on(model, paths)
+    if trained:
+        print(f"{len(trained)} of the images trained the model: they are drawn apart, and say nothing of good ones")
     broken: list[str] = []
     seen: list[Seen] = []
     scores: list[float] = []
@@ -137,7 +146,7 @@ def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int
     for path, image in read_images(track(paths, "scoring"), broken.append, lambda image, _: image):
         found = look(model, path, image)
         scores.append(found.score)
-        folders.append(found.path.parent.name)
+        folders.append(TRAINED if path in trained else found.path.parent.name)
         seen = sorted([*seen, found], key=lambda one: -one.score)[:most]
     out.mkdir(parents=True, exist_ok=True)
     for place, found in enumerate(seen):

@@ -1,240 +1,80 @@
-"""Score images with an exported model: OpenVINO, OpenCV and NumPy, no torch and no anomalib.
-
-    python -m stpm_plugin.score model.xml FOLDER --csv scores.csv --heatmaps maps
-
-Writes one CSV row per image, in the order of the paths: path, score in [0, 1] (0.5 is the threshold), raw score, label,
-percentage of the held-out good images with a lower score, latency in milliseconds, and what the row belongs to: size
-and time of the image, hash of the model, settings. Run again, it resumes; images that have changed are scored again.
-"""
+"""`stpm score`: verdicts on images by an exported model, without torch and anomalib."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
-import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
 
-from ..deployment.drift import Drift
-from ..deployment.heatmaps import place_of
-from ..deployment.images import UNREADABLE, VIDEOS, find_images
-from ..deployment.scorer import Hint, Precision, Scored, Scorer
-from ..deployment.table import Stamp, Table, cell, stamp, video_of
-from ..deployment.watch import arrivals, check
-from ..deployment.worker import Worker
+from ..deployment.settings import Hint, Precision
 from ..errors import STPMError
 
-if TYPE_CHECKING:
-    from ..deployment.cluster import Cluster
-
-UNREAD, ANOMALOUS, STOPPED = 2, 3, 130  # exit codes
-AGAIN = 5.0  # seconds until a watch tries again what failed
+STOPPED = 130  # exit code after Ctrl-C
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+@dataclass
+class Score:
+    """Score images with an exported model, to a CSV.
 
-    Returns:
-        0, 1 after an error, 2 if images were unreadable, 3 with ``--fail-on-anomaly`` if one is anomalous, 130 after
-        Ctrl-C.
+    A row has the image's path, its score in [0, 1] (0.5 is the threshold), raw score and label, the percentage of the
+    held-out good images with a lower score, the latency, and what the row belongs to: size and time of the image, hash
+    of the model, settings. Run again, it resumes; images that have changed are scored again.
+
+    The exit code is 0, 1 after an error, 2 if images were unreadable, and with --fail-on-anomaly 3 if one is anomalous.
+
+    Args:
+        model: .xml or .onnx file that `stpm train` or `stpm export` wrote.
+        images: Folders, files, videos, or quoted patterns such as 'parts/**/*.png'.
+        csv: The table.
+        restart: Begin the table anew, whatever model wrote it.
+        json: Print each new verdict too, with anomalous regions.
+        heatmaps: Folder for pictures with anomalous regions, score and label.
+        threshold: Raw score above which an image is anomalous, instead of the model's.
+        sensitivity: In (0, 1), above 0.5 finds more, instead of the model's.
+        ignore: Image of the images' size whose white parts are ignored.
+        watch: Go on with what is dropped into the folders, until Ctrl-C.
+        fail_on_anomaly: Exit code 3 if an image is anomalous.
+        device: CPU, GPU, AUTO ...
+        hint: Many images a second, or one soon.
+        batch: Images in a request.
+        precision: To compute in; f32 keeps the verdicts of training.
+        threads: CPU threads; all, if not given.
+        ray: Score over a Ray cluster: its address, `auto` or `local`.
     """
-    options = parse(arguments)
-    try:
-        return Run(options).watch() if options.watch else Run(options).score()
-    except KeyboardInterrupt:
-        print(f"stopped; run the command again to resume {options.csv}.", file=sys.stderr)
-        return STOPPED
-    except STPMError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:  # an error without a file name is the open CSV's
-        place = error.filename or options.csv
-        print(f"{place}: {error.strerror or error}; fix this, then run the command again to resume.", file=sys.stderr)
-        return 1
 
+    model: str
+    images: list[str]
+    csv: Path = Path("scores.csv")
+    restart: bool = False
+    json: bool = False
+    heatmaps: Path | None = None
+    threshold: float | None = None
+    sensitivity: float | None = None
+    ignore: str | None = None
+    watch: bool = False
+    fail_on_anomaly: bool = False
+    device: str = "CPU"
+    hint: Hint = "throughput"
+    batch: int = 1
+    precision: Precision = "f32"
+    threads: int | None = None
+    ray: str | None = None
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser("python -m stpm_plugin.score", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("model", help=".xml or .onnx file that `anomalib export` wrote")
-    parser.add_argument("images", nargs="+", help="folders, files, videos, or quoted patterns such as 'parts/**/*.png'")
-    parser.add_argument("--csv", type=Path, default=Path("scores.csv"), help="the table (default %(default)s)")
-    parser.add_argument("--restart", action="store_true", help="begin the table anew, whatever model wrote it")
-    parser.add_argument("--json", action="store_true", help="print each new verdict too, with anomalous regions")
-    parser.add_argument("--heatmaps", type=Path, help="folder for pictures with anomalous regions, score and label")
-    threshold = parser.add_mutually_exclusive_group()
-    threshold.add_argument("--threshold", type=float, help="raw score above which an image is anomalous")
-    threshold.add_argument("--sensitivity", type=float, help="in (0, 1): above 0.5 finds more (default: the model's)")
-    parser.add_argument("--ignore", help="image of the images' size whose white parts are ignored")
-    parser.add_argument(
-        "--watch", action="store_true", help="go on with what is dropped into the folders, until Ctrl-C"
-    )
-    parser.add_argument("--fail-on-anomaly", action="store_true", help="exit code 3 if an image is anomalous")
-    parser.add_argument("--device", default="CPU", help="CPU, GPU, AUTO ... (default %(default)s)")
-    parser.add_argument("--hint", choices=get_args(Hint), default="throughput", help="(default %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="images in a request (default %(default)s)")
-    parser.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        default="f32",
-        help="to compute in; f32 keeps the verdicts of training (default %(default)s)",
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    parser.add_argument("--ray", metavar="ADDRESS", help="score over a Ray cluster: its address, `auto` or `local`")
-    options = parser.parse_args(arguments)
-    if options.watch and options.ray:
-        parser.error("--watch runs on one machine: leave out --ray")
-    return options
+    def run(self) -> int:
+        """Score; returns the exit code."""
+        if self.watch and self.ray:
+            msg = "--watch runs on one machine: leave out --ray."
+            raise STPMError(msg)
+        from .scoring import Run  # OpenVINO and OpenCV, which --help need not wait for
 
-
-class Run:
-    """One run of the command: a worker, a table, and what is said of them."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        if options.watch:
-            check(options.images)
-        self.paths = [] if options.watch else find_images(options.images)
-        folders = options.images if options.watch else [Path(path).parent for path in self.paths]
-        self.root = Path(os.path.commonpath([Path(folder).resolve() for folder in folders]))
-        self.worker = self._worker()
-        scorer = self.worker.scorer
-        self.table = Table(options.csv, scorer.digest, scorer.settings, options.restart, self.paths, options.watch)
-        self.drift = Drift(scorer.verdict.held_out_scores if scorer.verdict else ())
-        self.stamps: dict[str, Stamp | None] = {}
-        self.broken: dict[str, None] = {}
-        self.counts = {"": 0, "normal": 0, "anomalous": 0}
-
-    def score(self) -> int:
-        """Score the images that have no row, or no heat map; returns the exit code."""
-        left = [path for path in self.paths if not self._done(path)]
-        if self.table.replaced:
-            print(f"{self.table.replaced} images have changed or are gone: their rows were dropped.", file=sys.stderr)
-        with self.table:
-            progress = Progress(len(left))
-            try:
-                for scored in self.worker.rows(self._stamped(left), self._unreadable, self.table.has):
-                    self._keep(scored)
-                    progress.step()
-            finally:
-                progress.end()
-            names = set(map(cell, self.paths))
-            for row in self.table.rows.values():
-                if video_of(row[0]) in names:
-                    self.counts[row[3]] += 1
-        for path in self.broken:
-            self._report(path)
-        return self._end()
-
-    def watch(self) -> int:
-        """Score what is dropped into the folders, until Ctrl-C; returns the exit code."""
-        said = ""
-        print(f"watching {', '.join(self.options.images)}; Ctrl-C ends it.", file=sys.stderr)
-        with self.table:
-            try:
-                for paths in arrivals(self.options.images, self._done, self._report):
-                    try:
-                        for scored in self.worker.rows(self._stamped(paths), self._unreadable):
-                            self._keep(scored)
-                            self.counts[scored.label] += 1
-                        said = ""
-                    except (OSError, STPMError) as error:  # nothing is lost: what has no row is tried again
-                        if str(error) != said:
-                            said = str(error)
-                            print(f"{said}; trying again every {AGAIN:.0f} s.", file=sys.stderr)
-                        time.sleep(AGAIN)
-            except KeyboardInterrupt:
-                print(file=sys.stderr)
-        return self._end()
-
-    def _worker(self) -> Cluster | Worker:
-        """Load the model, here or over a cluster."""
-        names = ("model", "device", "hint", "batch", "precision", "threads", "threshold", "sensitivity", "ignore")
-        options: dict[str, Any] = {name: getattr(self.options, name) for name in names}
-        if self.options.ray:
-            from ..deployment.cluster import Cluster  # Ray takes a second to import, and few have it
-
-            return Cluster(self.options.ray, options, self.options.heatmaps, self.root, self.options.json)
-        return Worker(Scorer(**options), self.options.heatmaps, self.root, self.options.json)
-
-    def _done(self, path: str) -> bool:
-        """Whether there is nothing left to do for a file."""
-        if Path(path).suffix.lower() in VIDEOS:
-            return False  # its frames are counted while it is read
-        folder = self.options.heatmaps
-        return self.table.has(path) and (folder is None or place_of(path, folder, self.root).exists())
-
-    def _stamped(self, paths: Sequence[str]) -> Any:
-        """Note what tells each image from a later one, before it is read."""
-        for path in paths:
-            self.stamps[path] = stamp(path)
-            yield path
-
-    def _keep(self, scored: Scored) -> None:
-        """Write a verdict down, print it if asked to, and say if the scores have left the held-out ones."""
-        if not self.table.has(scored.path):
-            self.table.append(scored, self.stamps.get(video_of(scored.path)))
-        if self.options.json:
-            print(json.dumps(as_dictionary(scored)), flush=True)
-        if warning := self.drift.add(scored.raw):
-            print(f"\nwarning: {warning}", file=sys.stderr)
-
-    def _unreadable(self, path: str) -> None:
-        """Note a file that cannot be read."""
-        self.broken[path] = None
-
-    def _report(self, path: str) -> None:
-        """Say that a file cannot be read, and note it."""
-        self._unreadable(path)
-        print(f"{cell(path)} {UNREADABLE}; no row was written.", file=sys.stderr)
-
-    def _end(self) -> int:
-        """Say what was found; returns the exit code."""
-        total = sum(self.counts.values())
-        found = f"{self.counts['anomalous']} of {total} anomalous" if total > self.counts[""] else f"{total} scored"
-        print(f"{found}, {self.options.csv}", file=sys.stderr)
-        if self.broken:
-            return UNREAD
-        return ANOMALOUS if self.options.fail_on_anomaly and self.counts["anomalous"] else 0
-
-
-def as_dictionary(scored: Scored) -> dict[str, Any]:
-    """A verdict as JSON has it."""
-    found = [region._asdict() for region in scored.regions]
-    return {
-        "path": cell(scored.path),
-        "score": scored.score,
-        "raw": None if scored.raw != scored.raw else scored.raw,
-        "label": scored.label or None,
-        "percentile": scored.percentile,
-        "latency_ms": 1000 * scored.latency,
-        "regions": found,
-    }
-
-
-class Progress:
-    """One line on the terminal: images done, images per second, seconds left."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.started, self.shown = total, 0, time.monotonic(), 0.0
-
-    def step(self) -> None:
-        """Count an image."""
-        self.done += 1
-        if time.monotonic() - self.shown > 0.5:
-            self.show()
-
-    def show(self, end: str = "") -> None:
-        """Rewrite the line."""
-        self.shown = time.monotonic()
-        rate = self.done / max(self.shown - self.started, 1e-9)
-        left = max(0, self.total - self.done) / rate if self.done else 0.0
-        total = max(self.total, self.done)
-        print(f"\r{self.done}/{total} images, {rate:.1f} a second, {left:.0f} s left ", end=end, file=sys.stderr)
-
-    def end(self) -> None:
-        """Show the line a last time and end it."""
-        self.show("\n")
+        try:
+            return Run(self).watch() if self.watch else Run(self).score()
+        except KeyboardInterrupt:
+            print(f"stopped; run the command again to resume {self.csv}.", file=sys.stderr)
+            return STOPPED
+        except OSError as error:  # an error without a file name is the open CSV's
+            place = error.filename or self.csv
+            print(
+                f"{place}: {error.strerror or error}; fix this, then run the command again to resume.", file=sys.stderr
+            )
+            return 1

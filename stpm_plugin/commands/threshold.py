@@ -1,68 +1,76 @@
-"""Set the thresholds of an exported model anew from good images, without training and without torch.
-
-    python -m stpm_plugin.threshold model.xml GOOD_FOLDER --false-alarms 0.01
-
-Use images that trained nothing: later ones of the line, all good. The image threshold is set from their scores and the
-pixel threshold from the maxima of their maps, by the rule of docs/thresholds.md. A new model is written, which every
-host reads; its scores are s / (s + threshold). `--value` and `--sensitivity` move the present thresholds instead of
-images; with none of these they are shown.
-"""
+"""`stpm threshold`: show or move the thresholds of an exported model, without training and without torch."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import openvino as ov
 
-from ..deployment.exported_model import read_model, rejudged, write
+from ..deployment.exported_model import TRAINED, images_of, read_model, rejudged, write
 from ..deployment.images import UNREADABLE, find_images
 from ..deployment.scorer import Scorer
 from ..deployment.table import cell
 from ..deployment.verdict import Scale, Verdict, read_verdict
 from ..errors import STPMError
 from ..false_alarms import found, in_words, limit
+from ..training.data_record import among
 
 NEW_IMAGES = "new good images"  # the basis that is written down
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 after an error."""
-    parser = argparse.ArgumentParser("python -m stpm_plugin.threshold", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("model", type=Path, help=".xml file that `anomalib export` wrote")
-    parser.add_argument("images", nargs="*", help="good images: folders, files or patterns")
-    moved = parser.add_mutually_exclusive_group()
-    moved.add_argument("--value", type=float, help="raw image score to take as the threshold, instead of images")
-    moved.add_argument("--sensitivity", type=float, help="in (0, 1), above 0.5 finds more, instead of images")
-    parser.add_argument(
-        "--false-alarms", type=float, default=0.01, help="share of good images to call anomalous (default %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, help="model to write (default: MODEL_threshold.xml beside it)")
-    parser.add_argument("--device", default="CPU", help="OpenVINO's device (default %(default)s)")
-    options = parser.parse_args(arguments)
-    try:
-        if options.images and (options.value is not None or options.sensitivity is not None):
-            parser.error("images set the threshold: leave out --value and --sensitivity")
-        verdict = verdict_of(options.model)
-        if options.images:
-            verdict = renewed(verdict, options)
-        elif options.value is not None:
-            verdict = verdict.with_threshold(options.value)
-        elif options.sensitivity is not None:
-            verdict = verdict.with_sensitivity(options.sensitivity)
+@dataclass
+class Threshold:
+    """Show the thresholds of an exported model, or write a model with others.
+
+    With --good, the thresholds are set anew from images that trained nothing, later ones of the line. The image
+    threshold comes from their scores and the pixel threshold from the maxima of their maps, by the rule of
+    docs/thresholds.md. The new model is read by every host; its scores are s / (s + threshold).
+
+    Args:
+        model: .xml file that `stpm train` or `stpm export` wrote.
+        good: Good images to set the thresholds from: folders, files or patterns.
+        false_alarms: Share of good images to call anomalous, with --good; 0.01 if not given.
+        value: Raw image score to take as the threshold instead.
+        sensitivity: In (0, 1), above 0.5 finds more; moves the thresholds instead.
+        out: Model to write; MODEL_threshold.xml beside it, if not given.
+        device: OpenVINO's device.
+    """
+
+    model: Path
+    good: list[str] = field(default_factory=list)
+    false_alarms: float | None = None
+    value: float | None = None
+    sensitivity: float | None = None
+    out: Path | None = None
+    device: str = "CPU"
+
+    def run(self) -> int:
+        """Do it; returns 0."""
+        ways = {"--good": self.good or None, "--value": self.value, "--sensitivity": self.sensitivity}
+        stated = [name for name, value in ways.items() if value is not None]
+        if len(stated) > 1:
+            msg = f"{' and '.join(stated)} each set the threshold: give one of them."
+            raise STPMError(msg)
+        if self.false_alarms is not None and not self.good:
+            msg = "--false-alarms needs good images: name a folder of them with --good."
+            raise STPMError(msg)
+        verdict = verdict_of(self.model)
+        if self.good:
+            verdict = renewed(verdict, self)
+        elif self.value is not None:
+            verdict = verdict.with_threshold(self.value)
+        elif self.sensitivity is not None:
+            verdict = verdict.with_sensitivity(self.sensitivity)
         else:
             print(in_words_of(verdict))
             return 0
-        write_with(verdict, options)
-    except (STPMError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+        write_with(verdict, self)
+        return 0
 
 
 def verdict_of(model: Path) -> Verdict:
@@ -89,18 +97,27 @@ def in_words_of(verdict: Verdict) -> str:
     return f"{said}; {in_words(found(np.array(verdict.held_out_scores), verdict.image.raw_limit), 0.5)}"
 
 
-def renewed(verdict: Verdict, options: argparse.Namespace) -> Verdict:
+def renewed(verdict: Verdict, options: Threshold) -> Verdict:
     """A verdict with thresholds from good images, and their scores in place of the held-out ones.
 
     Raises:
         STPMError: The share is out of range, or an image cannot be read.
     """
-    if not 0 < options.false_alarms < 1:
-        msg = f"--false-alarms {options.false_alarms} must lie between 0 and 1, such as 0.01."
+    share = 0.01 if options.false_alarms is None else options.false_alarms
+    if not 0 < share < 1:
+        msg = f"--false-alarms {share} must lie between 0 and 1, such as 0.01."
         raise STPMError(msg)
-    quantile = 1 - options.false_alarms
+    quantile = 1 - share
     broken: list[str] = []
-    scores, maxima = raw_scores(options.model, options.device, find_images(options.images), broken)
+    paths = find_images(options.good)
+    trained = among([Path(path) for path in paths], images_of(read_model(ov.Core(), options.model), TRAINED))
+    if trained:
+        msg = (
+            f"{len(trained)} of the {len(paths)} images trained the model, the first of them {min(trained)}: their "
+            "scores are lower than those of other good images. Give images that trained nothing."
+        )
+        raise STPMError(msg)
+    scores, maxima = raw_scores(options.model, options.device, paths, broken)
     if broken:
         msg = f"{cell(broken[0])} {UNREADABLE}; no threshold was set."
         raise STPMError(msg)
@@ -118,7 +135,7 @@ def renewed(verdict: Verdict, options: argparse.Namespace) -> Verdict:
     )
 
 
-def write_with(verdict: Verdict, options: argparse.Namespace) -> None:
+def write_with(verdict: Verdict, options: Threshold) -> None:
     """Write the model with another verdict."""
     target = options.out or options.model.with_name(f"{options.model.stem}_threshold.xml")
     core = ov.Core()

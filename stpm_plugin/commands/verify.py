@@ -1,21 +1,13 @@
-"""Compare an exported model with the checkpoint that it came from, on your own images, at each precision.
-
-    python -m stpm_plugin.verify model.ckpt model.xml FOLDER
-
-Says for each precision that the device offers how far scores and labels differ, how long an image takes, and whether it
-is safe. The exit code is 0 if scores and labels agree within the limits (in f32, or in all that `--precision` names), 2
-if they do and images were unreadable, else 1. AUROC is compared too if there are images inside and outside folders
-named `good`.
-"""
+"""`stpm verify`: does an exported model agree with its checkpoint, and at which precision?"""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import openvino as ov
@@ -24,33 +16,48 @@ from rich.progress import track
 from torchmetrics.functional.classification import binary_auroc
 
 from ..deployment.images import UNREADABLE, find_images, read_images
-from ..deployment.scorer import Precision, Scorer
+from ..deployment.scorer import Scorer
+from ..deployment.settings import Precision
 from ..deployment.table import cell
 from ..errors import STPMError
+from ..training.data_record import among
 
 if TYPE_CHECKING:
     from ..training.lightning_model import STPM
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 if the two agree, 2 if images were unreadable, else 1."""
-    parser = argparse.ArgumentParser("python -m stpm_plugin.verify", description=__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoint", help=".ckpt file of a trained STPM")
-    parser.add_argument("model", help=".xml or .onnx file that was exported from it")
-    parser.add_argument("images", nargs="+", help="folders, files or patterns; folders named `good` are normal")
-    parser.add_argument("--device", default="CPU", help="OpenVINO's device (default %(default)s)")
-    parser.add_argument("--precision", nargs="+", choices=get_args(Precision), help="(default: all at hand)")
-    parser.add_argument(
-        "--scores", type=float, default=0.01, help="largest difference of a score; 0.1 suits INT8 (default %(default)s)"
-    )
-    parser.add_argument("--labels", type=float, default=0.99, help="least share of equal labels (default %(default)s)")
-    parser.add_argument("--auroc", type=float, default=0.005, help="largest loss of AUROC (default %(default)s)")
-    options = parser.parse_args(arguments)
-    try:
-        return compare(options)
-    except (STPMError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+@dataclass
+class Verify:
+    """Compare an exported model with its checkpoint on images.
+
+    Says for each precision that the device offers how far scores and labels differ, how long an image takes, and
+    whether it is safe. AUROC is compared too if there are images inside and outside folders named `good`, without those
+    that trained the model. The exit code is 0 if scores and labels agree within the limits (in f32, or in all that
+    --precision names), 2 if they do and images were unreadable, else 1.
+
+    Args:
+        checkpoint: .ckpt file of a trained STPM.
+        model: .xml or .onnx file that was exported from it.
+        images: Folders, files or patterns; folders named `good` are normal.
+        device: OpenVINO's device.
+        precision: Those to compare; all that the device offers, if not given.
+        scores: Largest difference of a score; 0.1 suits INT8.
+        labels: Least share of equal labels.
+        auroc: Largest loss of AUROC.
+    """
+
+    checkpoint: str
+    model: str
+    images: list[str]
+    device: str = "CPU"
+    precision: list[Precision] = field(default_factory=list)
+    scores: float = 0.01
+    labels: float = 0.99
+    auroc: float = 0.005
+
+    def run(self) -> int:
+        """Compare; returns the exit code."""
+        return compare(self)
 
 
 def load(checkpoint: str) -> STPM:
@@ -65,6 +72,13 @@ def load(checkpoint: str) -> STPM:
         msg = f"the checkpoint {checkpoint} does not exist."
         raise STPMError(msg)
     return STPM.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+
+
+def trained_on(model: STPM, paths: Sequence[str]) -> set[str]:
+    """Which of the images trained the model: on them it says little of what it does on others."""
+    record = model.data_record
+    found = set() if record is None else among([Path(path) for path in paths], record.trained_digests)
+    return {str(path) for path in found}
 
 
 def tensor(image: np.ndarray) -> torch.Tensor:
@@ -118,25 +132,27 @@ def precisions(device: str) -> list[Precision]:
     return ["f32", *(name for name, flag in faster if flag in offered)]
 
 
-def agree(before: Verdicts, after: Verdicts, defective: np.ndarray, options: argparse.Namespace) -> tuple[bool, str]:
-    """Whether two models' verdicts agree within the limits, and how far they do, in words."""
+def agree(
+    before: Verdicts, after: Verdicts, defective: np.ndarray, unseen: np.ndarray, options: Verify
+) -> tuple[bool, str]:
+    """Whether two models' verdicts agree within the limits, and how far they do, in words; AUROC of unseen images."""
     differences = np.abs(after.scores - before.scores)
     equal = float(np.mean([a == b for a, b in zip(after.labels, before.labels, strict=True)]))
     within = bool(differences.max() <= options.scores and equal >= options.labels)  # no, where one is not a number
     words = f"scores differ by {differences.mean():.2g} on average, {differences.max():.2g} at most; "
     words += f"equal labels {equal:.1%}; {after.milliseconds:.1f} ms an image"
-    if within and 0 < defective.sum() < len(defective):
-        truth = torch.from_numpy(defective).long()
-        old, new = (float(binary_auroc(torch.from_numpy(one.scores), truth)) for one in (before, after))
+    if within and 0 < defective[unseen].sum() < unseen.sum():
+        truth = torch.from_numpy(defective[unseen]).long()
+        old, new = (float(binary_auroc(torch.from_numpy(one.scores[unseen]), truth)) for one in (before, after))
         words += f"; image AUROC {old:.4f} before, {new:.4f} after"
         within = new >= old - options.auroc
     return within, words
 
 
-def compare(options: argparse.Namespace) -> int:
+def compare(options: Verify) -> int:
     """Score each image with both and print how far they differ; returns the exit code."""
     eager, broken = load(options.checkpoint), dict[str, None]()
-    wanted: list[Precision] = options.precision or precisions(options.device)
+    wanted = options.precision or precisions(options.device)
     scorers = {name: Scorer(options.model, options.device, "latency", precision=name) for name in wanted}
     paths = find_images(options.images)
     read, before = eager_verdicts(eager, paths, broken)
@@ -144,10 +160,14 @@ def compare(options: argparse.Namespace) -> int:
         msg = f"none of the images can be read, the first of them {paths[0]}."
         raise STPMError(msg)
     defective = np.array([Path(path).parent.name != "good" for path in read])
+    trained = trained_on(eager, read)
+    unseen = np.array([path not in trained for path in read])
     print(f"{len(read)} images, {options.model} beside {options.checkpoint}")
+    if trained:
+        print(f"{len(trained)} of them trained the model: they are compared, and do not count for AUROC")
     safe = {}
     for name, scorer in scorers.items():
-        safe[name], words = agree(before, exported_verdicts(scorer, read, name), defective, options)
+        safe[name], words = agree(before, exported_verdicts(scorer, read, name), defective, unseen, options)
         print(f"{name}: {words}: {'safe' if safe[name] else 'NOT safe'}")
     for path in broken:
         print(f"{cell(path)} {UNREADABLE}.", file=sys.stderr)

@@ -11,9 +11,12 @@ from pathlib import Path
 import openvino as ov
 
 from ..errors import STPMError
+from ..training.data_record import DataRecord, packed, unpacked
 from .verdict import RAW_MAP, RAW_SCORE, SECTION, Verdict
 
 MODEL_INFO = {"model_type": "AnomalyDetection", "task": "segmentation"}  # what OpenVINO Model API reads
+TRAINED, HELD_OUT = "trained", "held_out"  # names of the images' digests beside the graph
+KEPT = ("size", TRAINED, HELD_OUT)  # what another verdict does not change
 COMPANIONS = (".bin", ".onnx.data", ".data")  # files beside a model that hold its weights
 
 
@@ -64,10 +67,10 @@ def read_model(core: ov.Core, path: Path, batch: int | None = None) -> ov.Model:
         STPMError: The file is missing, or no such model.
     """
     if not path.is_file():
-        msg = f"the model {path} does not exist: give the .xml file that `anomalib export` wrote."
+        msg = f"the model {path} does not exist: give the .xml file that `stpm export` or `anomalib export` wrote."
         raise STPMError(msg)
     if path.suffix not in (".xml", ".onnx"):
-        msg = f"{path} is no exported model: give the .xml file that `anomalib export` wrote."
+        msg = f"{path} is no exported model: give the .xml file that `stpm export` or `anomalib export` wrote."
         raise STPMError(msg)
     try:
         network = core.read_model(path)
@@ -90,19 +93,37 @@ def last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip()
 
 
-def describe(model: ov.Model, size: tuple[int, int] | None) -> None:
-    """Say in a model what OpenVINO Model API must know, and to what size its graph resizes images first, if it does."""
+def describe(model: ov.Model, size: tuple[int, int] | None, record: DataRecord | None) -> None:
+    """Say in a model what OpenVINO Model API must know, and what the scorer and the report must.
+
+    Args:
+        model: It is changed.
+        size: Height and width to which its graph resizes images first; ``None`` if it does not.
+        record: The images that trained it and that were held out, if they are known.
+    """
     for name, value in MODEL_INFO.items():
         model.set_rt_info(value, ["model_info", name])
     if size is not None:
         model.set_rt_info(json.dumps(size), [SECTION, "size"])
+    if record is not None and record.identified:
+        model.set_rt_info(packed(record.trained_digests), [SECTION, TRAINED])
+        model.set_rt_info(packed(record.held_out_digests), [SECTION, HELD_OUT])
+
+
+def images_of(model: ov.Model, part: str) -> frozenset[str]:
+    """Shortened digests of the images that trained a model (:data:`TRAINED`) or were held out; empty if unknown."""
+    if not model.has_rt_info([SECTION, part]):
+        return frozenset()
+    return unpacked(model.get_rt_info([SECTION, part]).astype(str))
 
 
 def rejudged(model: ov.Model, verdict: Verdict) -> ov.Model:
     """The same networks with another verdict."""
-    size = size_of(model)
+    said = {name: model.get_rt_info([SECTION, name]).astype(str) for name in KEPT if model.has_rt_info([SECTION, name])}
     made = verdict.append_to(model, tensor_of(model, RAW_SCORE), tensor_of(model, RAW_MAP))
-    describe(made, size)
+    describe(made, None, None)
+    for name, text in said.items():
+        made.set_rt_info(text, [SECTION, name])
     return made
 
 

@@ -112,7 +112,7 @@ def export(
             model = verdict_of(post_processor, module.model).append_to(model, *raw)
         name = f"model_{CompressionType(compression_type).value}.xml" if compression_type else "model.xml"
         target = (Path(export_root) / source.relative_to(folder)).with_name(name)
-        describe(model, resized_to(module.pre_processor))
+        describe(model, resized_to(module.pre_processor), module.data_record)
         write(model, target)
     return target
 

@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import numpy as np
 import openvino as ov
@@ -17,10 +17,9 @@ from .exported_model import digest, files_of, last_line, read_model, size_of, te
 from .images import UNREADABLE, read_images
 from .regions import Region, read_ignored, regions, shrunk
 from .resize import resize
+from .settings import Hint, Precision
 from .verdict import RAW_MAP, RAW_SCORE, Scale, Verdict, read_verdict
 
-Hint = Literal["latency", "throughput"]
-Precision = Literal["f32", "bf16", "f16"]
 AS_EXPORTED = Scale(0.5)  # outputs of a model that describes no verdict: 0.5 is the threshold
 
 
@@ -71,7 +70,7 @@ class Scorer:
         hint: ``latency`` or ``throughput``.
         batch: Images per request.
         precision: What the device computes in: ``f32`` keeps the verdicts of training; ``bf16`` and ``f16`` are faster
-            where the hardware has them, and ``python -m stpm_plugin.verify`` says whether they are safe.
+            where the hardware has them, and ``stpm verify`` says whether they are safe.
         threads: CPU threads to use; ``None`` for all.
         threshold: Raw image score above which an image is anomalous, instead of the model's.
         sensitivity: Instead of the model's, in (0, 1): above 0.5 finds more, below raises fewer false alarms.
@@ -299,10 +298,16 @@ def in_words(
 ) -> str:
     """The options that decide a verdict: rows of equal words and of one model compare."""
     words = [f"{device} {precision}"]
-    words += [] if threshold is None else [f"threshold {threshold:g}"]
-    words += [] if sensitivity is None else [f"sensitivity {sensitivity:g}"]
+    words += [] if threshold is None else [f"threshold {float(threshold)!r}"]
+    words += [] if sensitivity is None else [f"sensitivity {float(sensitivity)!r}"]
     words += [] if ignore is None else [f"ignore {digest([Path(ignore)])[:8]}"]
     return ", ".join(words)
+
+
+def options_in(words: str) -> dict[str, float]:
+    """The threshold or the sensitivity in words that :func:`in_words` gave."""
+    pairs = (part.split(" ") for part in words.split(", ")[1:])
+    return {name: float(value) for name, value in pairs if name in ("threshold", "sensitivity")}
 
 
 def compiled(core: ov.Core, network: ov.Model, device: str, options: dict[str, Any]) -> ov.CompiledModel:

@@ -153,29 +153,7 @@ class Table:
         self._torn = False
         if old is None:
             return []
-        first = old.readline(4 * len(HEADER)).removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
-        if first == OLD_HEADER:
-            msg = f"{self.path} is of version 0.1.0, which did not keep what a score belongs to: give --csv a new file."
-            raise STPMError(msg)
-        empty = old.tell() == 0
-        if not empty and first != HEADER:
-            msg = (
-                f"{self.path} is not a CSV of scores (its first row is not {HEADER.decode()}): give --csv another file."
-            )
-            raise STPMError(msg)
-        if restart:
-            return []
-        content = old.read()
-        self._torn = empty or (bool(content) and not content.endswith(b"\n"))
-        try:
-            rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8", "replace"), newline="")) if row]
-        except csv.Error as error:
-            msg = f"{self.path} is damaged ({error}): give --csv another file, or --restart to replace it."
-            raise STPMError(msg) from None
-        if self._torn and rows:
-            rows = rows[:-1]
-        whole = [row for row in rows if len(row) == len(COLUMNS)]
-        self._torn = self._torn or len(whole) < len(rows)
+        whole, self._torn = _whole_rows(old, self.path, restart)
         others = {(row[8], row[9]) for row in whole} - {(self.model, self.settings)}
         if others:
             model, settings = sorted(others)[0]
@@ -204,6 +182,48 @@ class Table:
             raise
         finally:
             beside.unlink(missing_ok=True)
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """Read the newest row of each name, as cells.
+
+    Raises:
+        STPMError: There is no such file, or it is no table.
+    """
+    if not path.is_file():
+        msg = f"{path} does not exist: name a CSV that `stpm score` wrote."
+        raise STPMError(msg)
+    with path.open("rb") as file:
+        return list({row[0]: row for row in _whole_rows(file, path, restart=False)[0]}.values())
+
+
+def _whole_rows(file: io.BufferedReader, path: Path, restart: bool) -> tuple[list[list[str]], bool]:
+    """Read the whole rows of a file, after a look at its first line; returns whether others were there too.
+
+    Raises:
+        STPMError: It is no table.
+    """
+    first = file.readline(4 * len(HEADER)).removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+    if first == OLD_HEADER:
+        msg = f"{path} is of version 0.1.0, which did not keep what a score belongs to: give --csv a new file."
+        raise STPMError(msg)
+    empty = file.tell() == 0
+    if not empty and first != HEADER:
+        msg = f"{path} is not a CSV of scores (its first row is not {HEADER.decode()}): give --csv another file."
+        raise STPMError(msg)
+    if restart:
+        return [], False
+    content = file.read()
+    torn = empty or (bool(content) and not content.endswith(b"\n"))
+    try:
+        rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8", "replace"), newline="")) if row]
+    except csv.Error as error:
+        msg = f"{path} is damaged ({error}): give --csv another file, or --restart to replace it."
+        raise STPMError(msg) from None
+    if torn and rows:
+        rows = rows[:-1]
+    whole = [row for row in rows if len(row) == len(COLUMNS)]
+    return whole, torn or len(whole) < len(rows)
 
 
 def _stamp_of(text: str, here: dict[str, str]) -> Stamp | None:

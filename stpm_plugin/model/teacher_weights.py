@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,6 +22,8 @@ from ..errors import STPMError
 from .features import FrozenPyramid
 
 BUILTIN = "builtin"
+HUB_FILE = "model.safetensors"  # timm's name of weights in the hub
+PATIENCE = 5.0  # seconds to wait for the hub's host
 BUILTIN_FILE = Path(__file__).with_name("builtin_teacher.safetensors")
 
 
@@ -48,10 +55,19 @@ def load_teacher(teacher: FrozenPyramid, backbone: str, source: str | None) -> N
 
 
 def _fetch(backbone: str, teacher: FrozenPyramid) -> Mapping[str, Tensor]:
-    """Download timm's weights, or take them from the hub client's cache."""
+    """Take timm's weights from the hub client's cache, or download them.
+
+    The cache is asked first and the hub's host for a few seconds, since the client tries for a minute to reach it.
+    """
     rank_zero_info(f"STPM: fetching the teacher's weights ({backbone}) from timm's hub, or from its cache.")
+    kept = cached(backbone)
     try:
-        net = timm.create_model(backbone, pretrained=True, features_only=True, out_indices=teacher.indices)
+        if kept is None and in_hub(backbone) and not hub_reachable():
+            raise ConnectionError
+        overlay = {"file": kept} if kept else None
+        net = timm.create_model(
+            backbone, pretrained=True, features_only=True, out_indices=teacher.indices, pretrained_cfg_overlay=overlay
+        )
     except Exception as error:
         msg = (
             f"the weights of {backbone} could not be fetched from timm's hub ({type(error).__name__}). Without a "
@@ -59,6 +75,38 @@ def _fetch(backbone: str, teacher: FrozenPyramid) -> Mapping[str, Tensor]:
         )
         raise STPMError(msg) from None
     return net.state_dict()
+
+
+def cached(backbone: str) -> str | None:
+    """The file of a backbone's weights in the hub client's cache; ``None`` if it is not there."""
+    name = in_hub(backbone)
+    if name is None:
+        return None
+    repository, _, revision = name.partition("@")
+    found = try_to_load_from_cache(repository, HUB_FILE, revision=revision or None)
+    return found if isinstance(found, str) else None
+
+
+def in_hub(backbone: str) -> str | None:
+    """The hub's name of a backbone's weights; ``None`` if it has none."""
+    config = timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
+    return (config.hf_hub_id or None) if config is not None else None
+
+
+def hub_reachable() -> bool:
+    """Whether the hub's host answers, within :data:`PATIENCE`."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(urllib.error.HTTPError):  # an answer all the same
+                urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()  # noqa: S310 - the client's own
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()  # a look-up of names has no time limit of its own
+    return answered.wait(PATIENCE)
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 READERS = 4  # threads: hashing releases the interpreter, and a disk answers several at once
+SHORT = 12  # hexadecimal digits that tell images apart in an exported model: 20,000 images take 160 kB
 UNKNOWN = ""  # digest of an image that could not be read, or of a data set that names no files
 
 
@@ -52,6 +54,24 @@ class DataRecord:
         """Contents that trained the model."""
         held = set(self.held_out)
         return frozenset(digest for place, digest in enumerate(self.digests) if place not in held)
+
+
+def packed(digests: Iterable[str]) -> str:
+    """Shortened digests as text, for an exported model."""
+    return base64.b64encode(b"".join(sorted(bytes.fromhex(digest[:SHORT]) for digest in digests))).decode()
+
+
+def unpacked(text: str) -> frozenset[str]:
+    """The shortened digests that :func:`packed` wrote."""
+    content, step = base64.b64decode(text), SHORT // 2
+    return frozenset(content[at : at + step].hex() for at in range(0, len(content), step))
+
+
+def among(paths: Sequence[Path], digests: Iterable[str]) -> set[Path]:
+    """Which of the image files have contents among ``digests``, whole or shortened."""
+    known = {digest[:SHORT] for digest in digests}
+    _, _, found = identify(paths) if known else ([], [], [])
+    return {path for path, digest in zip(paths, found, strict=False) if digest[:SHORT] in known}
 
 
 def paths_of(dataset: Any) -> list[Path]:

@@ -8,8 +8,9 @@ import pickle
 import shutil
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from ..errors import STPMError
+from .schedule import end_of_run
 from .thresholds import STPMPostProcessor
 
 if TYPE_CHECKING:
@@ -78,6 +80,42 @@ class TimeLeft(Callback):
             each = (time.monotonic() - self._started) / (trainer.current_epoch + 1 - self._first)
             left = each * (epochs - trainer.current_epoch - 1)
             pl_module.log("minutes_left", left / 60, prog_bar=True, logger=False)
+
+
+class Line(Protocol):
+    """A line of progress."""
+
+    def step(self) -> None:
+        """Count a step."""
+
+    def end(self) -> None:
+        """End the line."""
+
+
+class TrainingProgress(Callback):
+    """Shows a training's steps on a line of the caller's.
+
+    Args:
+        line: Makes the line, for a number of steps.
+    """
+
+    def __init__(self, line: Callable[[int], Line]) -> None:
+        self.begin = line
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the line."""
+        del pl_module
+        self.line = self.begin(end_of_run(trainer) - trainer.global_step)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Count a step."""
+        del args
+        self.line.step()
+
+    def on_train_end(self, *args: Any) -> None:
+        """End the line."""
+        del args
+        self.line.end()
 
 
 class FailureReport(Callback):

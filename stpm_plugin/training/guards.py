@@ -74,7 +74,8 @@ class TrainedOnly(Base):
         if self.model.tiler is not None:
             msg = "a tiled model cannot be exported to ONNX or OpenVINO: train it on whole images, or use to_torch."
             raise STPMError(msg)
-        return super().to_onnx(*args, **kwargs)
+        # anomalib asks for operator set 14, which torch cannot write: it would try, log a traceback and write 18
+        return super().to_onnx(*args, **{"opset_version": 18, "verbose": False, **kwargs})
 
     def to_openvino(self, export_root: Path | str, *args: Any, **kwargs: Any) -> Path:
         """Export as anomalib does, but for INT8: see :func:`stpm_plugin.deployment.openvino_export.export`."""

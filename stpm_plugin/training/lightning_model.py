@@ -37,11 +37,13 @@ from .checkpoints import Checkpointed
 from .data import TrainingBatch, images_of
 from .data_record import DataRecord
 from .diagnostics import FailureReport, TimeLeft, check_run
+from .evaluator import BothKinds
 from .feature_cache import CacheMode
 from .guards import TrainedOnly
 from .schedule import Kind, RateSchedule, bound_epochs, end_of_run, steps_in_a_pass
 from .selection import WeightSelection
 from .thresholds import STPMPostProcessor
+from .verdict_pictures import VerdictPictures
 
 Precision = Literal["auto", "trainer"]
 
@@ -161,6 +163,16 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
     def configure_post_processor(self) -> PostProcessor:
         """The package's thresholds and normalisation."""
         return STPMPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Anomalib's metrics, of a test that holds both kinds of images."""
+        return BothKinds(test_metrics=[*super(STPM, STPM).configure_evaluator().test_metrics])
+
+    @classmethod
+    def configure_visualizer(cls) -> Any:
+        """Pictures with the verdict on them."""
+        return VerdictPictures()
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """anomalib's, the choice of the weights, and what a run says of itself."""

@@ -1,0 +1,153 @@
+"""One run of `stpm score`: a worker, a table, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..deployment.drift import Drift
+from ..deployment.heatmaps import place_of
+from ..deployment.images import UNREADABLE, VIDEOS, find_images
+from ..deployment.scorer import Scored, Scorer
+from ..deployment.table import Stamp, Table, cell, stamp, video_of
+from ..deployment.watch import arrivals, check
+from ..deployment.worker import Worker
+from ..errors import STPMError
+from .terminal import Progress
+
+if TYPE_CHECKING:
+    from ..deployment.cluster import Cluster
+    from .score import Score
+
+UNREAD, ANOMALOUS = 2, 3  # exit codes
+AGAIN = 5.0  # seconds until a watch tries again what failed
+
+
+class Run:
+    """One run of the command: a worker, a table, and what is said of them."""
+
+    def __init__(self, options: Score) -> None:
+        self.options = options
+        if options.watch:
+            check(options.images)
+        self.paths = [] if options.watch else find_images(options.images)
+        folders = options.images if options.watch else [Path(path).parent for path in self.paths]
+        self.root = Path(os.path.commonpath([Path(folder).resolve() for folder in folders]))
+        self.worker = self._worker()
+        scorer = self.worker.scorer
+        self.table = Table(options.csv, scorer.digest, scorer.settings, options.restart, self.paths, options.watch)
+        self.drift = Drift(scorer.verdict.held_out_scores if scorer.verdict else ())
+        self.stamps: dict[str, Stamp | None] = {}
+        self.broken: dict[str, None] = {}
+        self.counts = {"": 0, "normal": 0, "anomalous": 0}
+
+    def score(self) -> int:
+        """Score the images that have no row, or no heat map; returns the exit code."""
+        left = [path for path in self.paths if not self._done(path)]
+        if self.table.replaced:
+            print(f"{self.table.replaced} images have changed or are gone: their rows were dropped.", file=sys.stderr)
+        with self.table:
+            progress = Progress(len(left))
+            try:
+                for scored in self.worker.rows(self._stamped(left), self._unreadable, self.table.has):
+                    self._keep(scored)
+                    progress.step()
+            finally:
+                progress.end()
+            names = set(map(cell, self.paths))
+            for row in self.table.rows.values():
+                if video_of(row[0]) in names:
+                    self.counts[row[3]] += 1
+        for path in self.broken:
+            self._report(path)
+        return self._end()
+
+    def watch(self) -> int:
+        """Score what is dropped into the folders, until Ctrl-C; returns the exit code."""
+        said = ""
+        print(f"watching {', '.join(self.options.images)}; Ctrl-C ends it.", file=sys.stderr)
+        with self.table:
+            try:
+                for paths in arrivals(self.options.images, self._done, self._report):
+                    try:
+                        for scored in self.worker.rows(self._stamped(paths), self._unreadable):
+                            self._keep(scored)
+                            self.counts[scored.label] += 1
+                        said = ""
+                    except (OSError, STPMError) as error:  # nothing is lost: what has no row is tried again
+                        if str(error) != said:
+                            said = str(error)
+                            print(f"{said}; trying again every {AGAIN:.0f} s.", file=sys.stderr)
+                        time.sleep(AGAIN)
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+        return self._end()
+
+    def _worker(self) -> Cluster | Worker:
+        """Load the model, here or over a cluster."""
+        names = ("model", "device", "hint", "batch", "precision", "threads", "threshold", "sensitivity", "ignore")
+        options: dict[str, Any] = {name: getattr(self.options, name) for name in names}
+        if self.options.ray:
+            from ..deployment.cluster import Cluster  # Ray takes a second to import, and few have it
+
+            return Cluster(self.options.ray, options, self.options.heatmaps, self.root, self.options.json)
+        return Worker(Scorer(**options), self.options.heatmaps, self.root, self.options.json)
+
+    def _done(self, path: str) -> bool:
+        """Whether there is nothing left to do for a file."""
+        if Path(path).suffix.lower() in VIDEOS:
+            return False  # its frames are counted while it is read
+        folder = self.options.heatmaps
+        return self.table.has(path) and (folder is None or place_of(path, folder, self.root).exists())
+
+    def _stamped(self, paths: Sequence[str]) -> Any:
+        """Note what tells each image from a later one, before it is read."""
+        for path in paths:
+            self.stamps[path] = stamp(path)
+            yield path
+
+    def _keep(self, scored: Scored) -> None:
+        """Write a verdict down, print it if asked to, and say if the scores have left the held-out ones."""
+        if not self.table.has(scored.path):
+            self.table.append(scored, self.stamps.get(video_of(scored.path)))
+        if self.options.json:
+            print(json.dumps(as_dictionary(scored)), flush=True)
+        if warning := self.drift.add(scored.raw):
+            print(f"\nwarning: {warning}", file=sys.stderr)
+
+    def _unreadable(self, path: str) -> None:
+        """Note a file that cannot be read."""
+        self.broken[path] = None
+
+    def _report(self, path: str) -> None:
+        """Say that a file cannot be read, and note it."""
+        self._unreadable(path)
+        print(f"{cell(path)} {UNREADABLE}; no row was written.", file=sys.stderr)
+
+    def _end(self) -> int:
+        """Say what was found; returns the exit code."""
+        total = sum(self.counts.values())
+        found = f"{self.counts['anomalous']} of {total} anomalous" if total > self.counts[""] else f"{total} scored"
+        print(f"{found}, {self.options.csv}", file=sys.stderr)
+        if self.broken:
+            return UNREAD
+        return ANOMALOUS if self.options.fail_on_anomaly and self.counts["anomalous"] else 0
+
+
+def as_dictionary(scored: Scored) -> dict[str, Any]:
+    """A verdict as JSON has it."""
+    found = [region._asdict() for region in scored.regions]
+    return {
+        "path": cell(scored.path),
+        "score": scored.score,
+        "raw": None if scored.raw != scored.raw else scored.raw,
+        "label": scored.label or None,
+        "percentile": scored.percentile,
+        "latency_ms": 1000 * scored.latency,
+        "regions": found,
+    }

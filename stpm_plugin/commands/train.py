@@ -1,0 +1,207 @@
+"""`stpm train`: from a folder of good images to a model with a threshold."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..deployment.images import images_below
+from ..errors import STPMError
+from .config import packaged
+from .running import anomalib, logged
+from .terminal import Quiet, in_words
+
+if TYPE_CHECKING:
+    from anomalib.cli.cli import AnomalibCLI
+
+LEAST = 3  # good images: one is held out, and the student needs two in a step
+DEFECTS = {"bad", "defect", "defective", "defects", "ng", "nok", "not_good", "anomaly", "anomalous", "ground_truth"}
+
+
+@dataclass
+class Train:
+    """Train on a folder of good images, and set the threshold from some of them that are held out.
+
+    Ends with the threshold, what set it and the false alarms to expect, and the paths of the checkpoint and the
+    exported model. With --bad the model is tested too: a fifth of the good images, or those in the folder `good` below
+    BAD, trains nothing and is tested beside the bad ones.
+
+    Options that begin with --model., --data. or --trainer. go to `anomalib train`, such as
+    --model.init_args.image_size [384,384].
+
+    Args:
+        folder: Good images: a folder of them, or one with a subfolder `good`.
+        bad: Folder of images with defects, or of one folder for each kind of them; they train nothing.
+        masks: Folder of the defects' masks, laid out and named as BAD is.
+        name: Name of the product, and of its folder below RESULTS; that of FOLDER, if not given.
+        results: Folder for runs; each gets a folder of its own.
+        teacher: The teacher's weights, a .safetensors or .pth file, or `builtin` for a trial; timm's ImageNet weights
+            from the hub, if not given.
+        recipe: Settings: `folder` for the packaged ones (`stpm config folder`), or a YAML file.
+    """
+
+    folder: Path
+    bad: Path | None = None
+    masks: Path | None = None
+    name: str | None = None
+    results: Path = Path("results")
+    teacher: str | None = None
+    recipe: str = "folder"
+    passed_on: list[str] = field(default_factory=list, init=False)
+
+    def run(self) -> int:
+        """Train; returns 0."""
+        good = good_images(self.folder, self.bad)
+        name = self.name or named_after(self.folder)
+        options = {"name": name, "root": good.parent, "normal_dir": good.name, **tested(self.bad, self.masks)}
+        arguments = [f"--data.init_args.{key}={_as_yaml(value)}" for key, value in options.items()]
+        if self.teacher is not None:
+            arguments.append(f"--model.init_args.teacher_weights={self.teacher}")
+        run_recipe(self.recipe, name, self.results, [*arguments, *self.passed_on], test=self.bad is not None)
+        return 0
+
+
+def run_recipe(recipe: str, name: str, results: Path, arguments: list[str], test: bool) -> Path:
+    """Train, and test if there is something to test, by a YAML of settings.
+
+    Args:
+        recipe: Name of a packaged config, or a file.
+        name: The run's name in messages.
+        results: Folder for runs.
+        arguments: More options of `anomalib train`.
+        test: Whether to test.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        STPMError: It failed, in a sentence.
+    """
+    file = Path(recipe) if Path(recipe).suffix else packaged(recipe)
+    if not file.is_file():
+        msg = f"--recipe {recipe} is neither `folder` nor a YAML file: `stpm config folder` writes one to change."
+        raise STPMError(msg)
+    given = [f"--default_root_dir={results}", *arguments]
+    log, started = results / f"{name}.log", time.monotonic()
+
+    def work(terminal: Quiet) -> Path:
+        made = anomalib(["train" if test else "fit", "-c", str(file), *given], terminal)
+        folder = Path(made.engine.trainer.default_root_dir)
+        terminal.say(f"trained in {in_words(time.monotonic() - started)}; {account(made, test)}")
+        terminal.say(where(folder))
+        return folder
+
+    folder = logged(log, "the training", work)
+    shutil.move(log, folder / "train.log")
+    return folder
+
+
+def good_images(folder: Path, bad: Path | None) -> Path:
+    """The folder of good images that was meant, absolute.
+
+    Raises:
+        STPMError: There is none, or it holds others too.
+    """
+    if not folder.is_dir():
+        msg = f"{folder} is {'a file' if folder.exists() else 'not there'}: name a folder of good images."
+        raise STPMError(msg)
+    if (folder / "train" / "good").is_dir():
+        test = folder / "test"
+        more = f" --bad {test}" if test.is_dir() else ""
+        msg = f"{folder} is laid out as MVTec AD: say `stpm train {folder / 'train' / 'good'}{more}`."
+        raise STPMError(msg)
+    good = (folder / "good" if (folder / "good").is_dir() else folder).absolute()
+    odd = sorted(each.name for each in good.iterdir() if each.is_dir() and each.name.lower() in DEFECTS)
+    if bad is not None and good in (bad.absolute(), *bad.absolute().parents):
+        odd = [str(bad)]
+    if odd:
+        msg = f"{good} holds {odd[0]}, whose images would train as good: put the good images in a folder {good}/good."
+        raise STPMError(msg)
+    count = len(images_below(good))
+    if count < LEAST:
+        msg = f"{good} holds {count} images, and a training needs at least {LEAST}: name a folder of good images."
+        raise STPMError(msg)
+    return good
+
+
+def tested(bad: Path | None, masks: Path | None) -> dict[str, object]:
+    """The part of the settings that says what is tested.
+
+    Raises:
+        STPMError: A folder is missing or empty, or masks are given without images.
+    """
+    if bad is None:
+        if masks is not None:
+            msg = "--masks are the masks of bad images: give --bad too."
+            raise STPMError(msg)
+        return {}
+    kinds = kinds_below(bad, "--bad")
+    found: dict[str, object] = {"abnormal_dir": kinds}
+    if (bad / "good").is_dir():
+        found["normal_test_dir"] = (bad / "good").absolute()
+    if masks is not None:
+        of_kind = kinds_below(masks, "--masks")
+        names, of_masks = ([each.name for each in folders] for folders in (kinds, of_kind))
+        if len(names) != len(of_masks) or (len(names) > 1 and names != of_masks):
+            msg = (
+                f"{bad} holds the kinds {', '.join(names)}, and {masks} {', '.join(of_masks)}: give each kind of "
+                "defects a folder of masks of its name."
+            )
+            raise STPMError(msg)
+        found["mask_dir"] = of_kind
+    return found
+
+
+def kinds_below(folder: Path, option: str) -> list[Path]:
+    """The folders of each kind of defects, or the folder itself; absolute.
+
+    Raises:
+        STPMError: It is no folder, or one without images.
+    """
+    if not folder.is_dir():
+        msg = f"{option} {folder} is {'a file' if folder.exists() else 'not there'}: name a folder."
+        raise STPMError(msg)
+    below = [each.absolute() for each in sorted(folder.iterdir()) if each.is_dir() and each.name != "good"]
+    kinds = [each for each in below if images_below(each)] or [folder.absolute()]
+    if not images_below(kinds[0]):
+        msg = f"{option} {folder} holds no image."
+        raise STPMError(msg)
+    return kinds
+
+
+def named_after(folder: Path) -> str:
+    """A product's name: its folder's, or that of the folder above where that says nothing."""
+    path = folder.resolve()
+    dull = {"good", "train", "ok", "images"}
+    return next((part for part in reversed(path.parts) if part not in dull), path.name)
+
+
+def account(made: AnomalibCLI, test: bool) -> str:
+    """What a training came to: its images, its threshold, and how it did in the test."""
+    model = made.model
+    record = model.data_record
+    said = f"{len(record.digests) - len(record.held_out)} good images trained it, {len(record.held_out)} were held out."
+    said += f"\n{model.post_processor.report()}" if hasattr(model.post_processor, "report") else ""
+    metrics = made.engine.trainer.callback_metrics
+    names = [name for name in metrics if name.startswith(("image_", "pixel_"))]
+    if test and names:
+        said += "\ntested: " + ", ".join(f"{name.replace('_', ' ')} {float(metrics[name]):.3f}" for name in names)
+    return said
+
+
+def where(folder: Path) -> str:
+    """The paths of what a run left, and what to do next."""
+    exported = folder / "weights" / "openvino" / "model.xml"
+    said = f"model: {folder / 'weights' / 'lightning' / 'model.ckpt'}"
+    if exported.is_file():
+        said += f"\nexported: {exported}"
+        said += f"\nnext: stpm report {folder}, or stpm score {exported} IMAGES --csv scores.csv --heatmaps maps"
+    return said
+
+
+def _as_yaml(value: object) -> str:
+    """A value as an option of jsonargparse's takes it."""
+    return "[" + ", ".join(f'"{each}"' for each in value) + "]" if isinstance(value, list) else str(value)

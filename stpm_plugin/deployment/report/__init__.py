@@ -1,0 +1,1 @@
+"""One page of a table's scores and pictures."""

@@ -1,0 +1,174 @@
+"""What a report shows: each image's score, kind and picture, and the threshold that judged it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import openvino as ov
+
+from ...errors import STPMError
+from ...training.data_record import SHORT, identify
+from ..exported_model import HELD_OUT, TRAINED, digest, files_of, images_of, read_model
+from ..images import DECODERS, HEATMAP, decode
+from ..scorer import changed, options_in
+from ..table import read_rows, video_of
+from ..verdict import Scale, Verdict, read_verdict
+
+GOOD, UNLABELLED = "good", "images"  # kinds of those that are good, and of those of which nothing is known
+SIDE, QUALITY = 160, 75  # of the pictures, pixels and JPEG's percentage: 5,000 take about 25 MB
+
+
+class Shown(NamedTuple):
+    """An image of a report.
+
+    Attributes:
+        path: Its file, or VIDEO#N.
+        score: Normalised score; above the limit if and only if the table calls it anomalous.
+        raw: Raw score.
+        kind: ``good``, the name of its defects, or ``images`` where nothing is known.
+    """
+
+    path: str
+    score: float
+    raw: float
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """All that a report shows.
+
+    Attributes:
+        model: The exported model that scored the images.
+        verdict: Its verdict, with what the table's options changed.
+        images: Those that count, the highest score first.
+        trained: Number of images that are left out because they trained the model.
+        held_out: Number of images that are left out because they set its thresholds.
+        unknown: Whether the model does not say which images trained it.
+    """
+
+    model: Path
+    verdict: Verdict
+    images: list[Shown]
+    trained: int
+    held_out: int
+    unknown: bool
+
+    @property
+    def limit(self) -> float:
+        """Scores above it are anomalous."""
+        return limit_of(self.verdict.image, self.verdict.normalize)
+
+
+def limit_of(scale: Scale, normalize: bool) -> float:
+    """The threshold on the scale of the table's scores."""
+    return float(scale.limit) if normalize else scale.raw_limit
+
+
+def contents_of(table: Path, model: Path, kinds: Mapping[str, str] | None = None) -> Contents:
+    """Read a table and the model that wrote it.
+
+    Args:
+        table: The CSV.
+        model: The exported model.
+        kinds: Kind of each image by its path; ``None`` takes the folders' names, if one is named ``good``.
+
+    Raises:
+        STPMError: The table is none, is empty, or is another model's; or the model describes no verdict.
+    """
+    rows = read_rows(table)
+    if not rows:
+        msg = f"{table} holds no scores yet: score images first."
+        raise STPMError(msg)
+    network = read_model(ov.Core(), model)
+    verdict = read_verdict(network, model)
+    found, owners = digest(files_of(model)), {(row[8], row[9]) for row in rows}
+    if verdict is None or math.isnan(verdict.image.threshold):
+        msg = f"{model} describes no threshold: export its checkpoint again with `stpm export`."
+        raise STPMError(msg)
+    if {owner for owner, _ in owners} != {found}:
+        msg = f"{table} was written by the model {rows[0][8]}, and {model} is {found}: name the one that wrote it."
+        raise STPMError(msg)
+    options = options_in(rows[0][9])
+    judged = changed(verdict, model, options.get("threshold"), options.get("sensitivity"), None) or verdict
+    if kinds is None:
+        kinds = by_folder([row[0] for row in rows])
+    trained, held_out = images_of(network, TRAINED), images_of(network, HELD_OUT)
+    roles = roles_of([row[0] for row in rows], trained, held_out)
+    limit = limit_of(judged.image, judged.normalize)
+    images = [
+        Shown(row[0], beside(float(row[1]), row[3], limit), float(row[2] or row[1]), kinds.get(row[0], UNLABELLED))
+        for row, role in zip(rows, roles, strict=True)
+        if not role
+    ]
+    counts = Counter(roles)
+    images.sort(key=lambda shown: (-shown.score, shown.path))
+    return Contents(model, judged, images, counts[TRAINED], counts[HELD_OUT], not trained)
+
+
+def by_folder(paths: Iterable[str]) -> dict[str, str]:
+    """Kinds by the folders' names, if one is named ``good``: else nothing is known of any."""
+    folders = {path: Path(video_of(path)).parent.name for path in paths}
+    known = GOOD in folders.values()
+    return {path: folder if known else UNLABELLED for path, folder in folders.items()}
+
+
+def roles_of(paths: Sequence[str], trained: frozenset[str], held_out: frozenset[str]) -> list[str]:
+    """What each image was to the model: :data:`TRAINED`, :data:`HELD_OUT`, or nothing (an empty string)."""
+    if not trained:
+        return [""] * len(paths)
+    _, _, digests = identify([Path(video_of(path)) for path in paths])
+    shortened = (found[:SHORT] for found in digests)
+    return [TRAINED if one in trained else HELD_OUT if one in held_out else "" for one in shortened]
+
+
+def beside(score: float, label: str, limit: float) -> float:
+    """A score as the table rounded it, on the side of the limit that its label says."""
+    if (score > limit) == (label == "anomalous") or not label:
+        return score
+    return float(np.nextafter(limit, math.inf)) if label == "anomalous" else limit
+
+
+def pictures(images: Sequence[Shown], heatmaps: Path | None, step: Callable[[], None]) -> list[str]:
+    """A small picture of each image, its heat map if there is one, as base64 of a JPEG; empty where it is gone.
+
+    Args:
+        images: The images.
+        heatmaps: Folder that `stpm score --heatmaps` wrote.
+        step: Called after each.
+    """
+
+    def made(shown: Shown) -> str:
+        drawn = heatmap_of(shown.path, heatmaps)
+        picture = cv2.imread(str(drawn)) if drawn else decode(video_of(shown.path))
+        if picture is None:
+            return ""
+        factor = min(1.0, SIDE / max(picture.shape[:2]))
+        size = [max(1, round(factor * length)) for length in picture.shape[1::-1]]
+        small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+        return base64.b64encode(cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()).decode()
+
+    found = []
+    with ThreadPoolExecutor(DECODERS) as pool:
+        for one in pool.map(made, images):
+            found.append(one)
+            step()
+    return found
+
+
+def heatmap_of(path: str, folder: Path | None) -> Path | None:
+    """An image's heat map in a folder, where its path below the scored folders is; ``None`` if there is none."""
+    if folder is None:
+        return None
+    parts = Path(path).parts[1:]
+    tails = (folder.joinpath(*parts[at:-1], parts[-1] + HEATMAP) for at in range(len(parts)))
+    return next((tail for tail in tails if tail.is_file()), None)
