@@ -138,11 +138,18 @@ def run(*command: str, env: dict[str, str] | None = None, check: bool = True, cw
     return output
 
 
-def anomalib(*arguments: str, check: bool = True, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+def anomalib(*arguments: str, env: dict[str, str] | None = None, **options) -> str:
     """Run the installed `anomalib` command in a process of its own and return all that it printed."""
-    done = None if env else warm.run(["anomalib", *arguments], cwd)
+    return command("anomalib", *arguments, env=env, **options)
+
+
+def command(*line: str, check: bool = True, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    """Run an installed command in a process of its own and return all that it printed."""
+    done = None if env else warm.run(list(line), cwd)
     if done is None:
-        return run("-c", "from anomalib.cli.cli import main; main()", *arguments, env=env, check=check, cwd=cwd)
+        module, name = warm.ENTRIES[line[0]].split(":")
+        code = f"import sys; from {module} import {name}; sys.exit({name}())"
+        return run("-c", code, *line[1:], env=env, check=check, cwd=cwd)
     code, output = done
     assert code == 0 or not check, output[-4000:]
     return output

@@ -21,7 +21,10 @@ from pathlib import Path
 CONTEXT = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
 if CONTEXT:
     CONTEXT.set_forkserver_preload(["anomalib.cli.cli"])  # whose imports bring the plugin
-ENTRIES = {"anomalib": "anomalib.cli.cli:main"}  # as the packages' metadata have them
+ENTRIES = {
+    "anomalib": "anomalib.cli.cli:main",
+    "stpm": "stpm_plugin.commands.entry:main",
+}  # as the packages' metadata have them
 TIMEOUT = 600
 
 
@@ -51,6 +54,7 @@ def run(line: str | list[str], cwd: Path | None = None) -> tuple[int, str] | Non
 
 def _enter(command: list[str], cwd: str, environment: dict[str, str], output: str) -> None:
     """Become the command's process."""
+    multiprocessing.set_start_method(None, force=True)  # the command's own workers start as they always do
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
         os.dup2(file, number)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from anomalib.cli.cli import AnomalibCLI
 
 Made = TypeVar("Made")
+IN_VAIN = ("Expected a <class", "Does not validate", "Subtypes:", "Errors:", "Given value")  # of jsonargparse's lines
 LONGEST = 300  # characters of another library's error that are repeated
 
 
@@ -68,10 +69,11 @@ def _last_error(log: Path) -> str:
     """What a log's last error says."""
     text = log.read_text(encoding="utf-8", errors="replace")
     _, found, said = text.rpartition("error:")
-    return _shortened(said if found else text[-LONGEST:])
+    return _shortened(said.partition("Traceback")[0] if found else text[-LONGEST:])
 
 
 def _shortened(text: str) -> str:
-    """The beginning of another library's error on one line."""
-    line = re.sub(r"\s+", " ", text).strip().rstrip(".")
+    """The beginning of another library's error on one line, without the kinds of values that were tried in vain."""
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
+    line = re.sub(r"\s+", " ", " ".join(line for line in lines if not line.startswith(IN_VAIN))).strip().rstrip(".")
     return line if len(line) <= LONGEST else line[:LONGEST].rsplit(" ", 1)[0] + " ..."

@@ -56,7 +56,7 @@ class Train:
         """Train; returns 0."""
         good = good_images(self.folder, self.bad)
         name = self.name or named_after(self.folder)
-        options = {"name": name, "root": good.parent, "normal_dir": good.name, **tested(self.bad, self.masks)}
+        options = {"name": name, "root": good.parent, "normal_dir": good.name, **settings_of_test(self.bad, self.masks)}
         arguments = [f"--data.init_args.{key}={_as_yaml(value)}" for key, value in options.items()]
         if self.teacher is not None:
             arguments.append(f"--model.init_args.teacher_weights={self.teacher}")
@@ -127,7 +127,7 @@ def good_images(folder: Path, bad: Path | None) -> Path:
     return good
 
 
-def tested(bad: Path | None, masks: Path | None) -> dict[str, object]:
+def settings_of_test(bad: Path | None, masks: Path | None) -> dict[str, object]:
     """The part of the settings that says what is tested.
 
     Raises:
@@ -186,9 +186,13 @@ def account(made: AnomalibCLI, test: bool) -> str:
     said = f"{len(record.digests) - len(record.held_out)} good images trained it, {len(record.held_out)} were held out."
     said += f"\n{model.post_processor.report()}" if hasattr(model.post_processor, "report") else ""
     metrics = made.engine.trainer.callback_metrics
-    names = [name for name in metrics if name.startswith(("image_", "pixel_"))]
-    if test and names:
-        said += "\ntested: " + ", ".join(f"{name.replace('_', ' ')} {float(metrics[name]):.3f}" for name in names)
+    measured = [
+        f"{name.replace('_', ' ').removesuffix('Score')} {float(value):.3f}"
+        for name, value in metrics.items()
+        if name.startswith(("image_", "pixel_"))
+    ]
+    if test and measured:
+        said += f"\ntested: {', '.join(measured)}"
     return said
 
 

@@ -1,0 +1,316 @@
+"""The command `stpm`: its help, its mistakes, and the way from a folder of good images to a report."""
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import get_args
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import yaml
+from anomalib.engine import Engine
+from anomalib.models import Stfpm
+from conftest import command, rows, run
+
+from stpm_plugin import __version__
+from stpm_plugin.commands import entry
+from stpm_plugin.commands.config import packaged
+from stpm_plugin.commands.entry import main as stpm
+from stpm_plugin.commands.export import datamodule_of
+from stpm_plugin.commands.terminal import Progress, in_words
+from stpm_plugin.commands.train import good_images, named_after, settings_of_test
+from stpm_plugin.errors import STPMError
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--model.init_args.image_size=[64,64]", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+LITTLE = ["--teacher", "builtin", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def place(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a newcomer has it: good images, bad ones by their kinds, junk."""
+    drawn, folder = next(demo_root.glob("plate-*")), tmp_path_factory.mktemp("place")
+    shutil.copytree(drawn / "train/good", folder / "parts")
+    for kind in ("good", "dent", "chip"):
+        shutil.copytree(drawn / "test" / kind, folder / "bad" / kind)
+    (folder / "parts/notes.txt").write_text("junk")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_run(place: Path) -> tuple[Path, str]:
+    """The folder of a run of `stpm train`, and what the command said."""
+    said = command("stpm", "train", "parts", "--bad", "bad", "--name", "plates", *LITTLE, cwd=place)
+    return place / "results/STPM/plates/latest", said
+
+
+# Help
+
+
+@pytest.mark.parametrize("name", entry.COMMANDS)
+def test_each_option_is_explained(name):
+    shown = entry.parser_of(name).format_help()
+    for field in dataclasses.fields(entry.class_of(name)):
+        literal = get_args(field.type) or field.name == "name"
+        assert not field.init or literal or field.name.replace("_", "-") in shown.replace("_", "-")
+    assert "<class" not in shown
+    assert entry.COMMANDS[name][1] in run("-m", "stpm_plugin.commands", "--help").replace("\n" + 24 * " ", " ")
+
+
+def test_version_and_the_old_forms(exported, numbered_images, tmp_path):
+    assert run("-m", "stpm_plugin.commands", "--version").strip() == f"stpm {__version__}"
+    assert run("-m", "stpm_plugin", "--version").strip() == f"stpm_plugin {__version__}"
+    assert "demo|train|score|report" in run("-m", "stpm_plugin", "--help")
+    table = str(tmp_path / "s.csv")
+    said = run("-m", "stpm_plugin.score", str(exported), str(numbered_images), "--csv", table)
+    assert said.startswith("`python -m stpm_plugin.score` is now `stpm score`")
+    assert len(rows(tmp_path / "s.csv")) == 5
+
+
+def test_help_needs_neither_torch_nor_anomalib_nor_openvino():
+    names = ["torch", "anomalib", "lightning", "timm", "openvino", "cv2", "numpy"]
+    absent = f"import sys; sys.modules.update(dict.fromkeys({names}));"
+    code = f"{absent} from stpm_plugin.commands.entry import main; sys.exit(main(sys.argv[1:]))"
+    assert "usage: stpm score" in run("-c", code, "score", "--help")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("nope", "nope is no command; there are demo, train, score, report,"),
+        ("score", "is missing. See `stpm score --help`."),
+        ("score model.xml images --nope 3", "there is no option --nope. See `stpm score --help`."),
+        ("score model.xml images --batch x", "--batch: Expected a int. Got value: x."),
+        ("score model.xml images --csv a --csv b", "--csv is given twice."),
+        ("score model.xml images --csv=a --csv=b", "--csv is given twice."),
+        ("config nope", "Got value: nope"),
+    ],
+)
+def test_a_wrong_line_is_one_sentence(line, words, capsys):
+    assert stpm(line.split()) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("score missing.xml parts", "the model missing.xml does not exist: give the .xml file"),
+        ("score model.ckpt parts", "model.ckpt is no exported model: give the .xml file"),
+        ("score model.ckpt images --watch --ray local", "--watch runs on one machine"),
+        ("train missing", "missing is not there: name a folder of good images."),
+        ("train model.ckpt", "model.ckpt is a file: name a folder of good images."),
+        ("train empty", "holds 0 images, and a training needs at least 3"),
+        ("train junk", "holds 0 images"),
+        ("train mvtec", "mvtec is laid out as MVTec AD: say `stpm train mvtec/train/good --bad mvtec/test`."),
+        ("train mixed", "mixed holds bad, whose images would train as good"),
+        ("train parts --bad parts/some", "holds parts/some, whose images would train as good"),
+        ("train parts --masks empty", "--masks are the masks of bad images: give --bad too."),
+        ("train parts --bad missing", "--bad missing is not there: name a folder."),
+        ("train parts --bad empty", "--bad empty holds no image."),
+        ("train parts --recipe nope", "--recipe nope is neither `folder` nor a YAML file"),
+        ("export missing", "missing does not exist: name the folder of a run, or its .ckpt file."),
+        ("export empty", "empty holds no weights/lightning/model.ckpt"),
+        ("export junk/notes.txt", "junk/notes.txt is no checkpoint"),
+        ("export model.ckpt --int8", "model.ckpt does not say which good images trained it: name their folder"),
+        ("export model.ckpt --int8 --compression fp16", "--int8 and --compression fp16 contradict each other"),
+        ("report empty", "empty/config.yaml is missing: name a run's folder"),
+        ("report table.csv", "table.csv says which model wrote it by its hash alone"),
+        ("report missing.csv --model model.ckpt", "missing.csv does not exist: name a CSV that `stpm score` wrote."),
+        ("report model.ckpt --model model.ckpt", "is not a CSV of scores"),
+        ("config demo --out model.ckpt", "model.ckpt exists: remove it, or name another file with --out."),
+        ("explain missing.ckpt parts", "the checkpoint missing.ckpt does not exist."),
+    ],
+)
+def test_a_mistake_is_one_sentence(line, words, place, tmp_path, capsys):
+    for name in ("empty", "junk", "mvtec/train/good", "mvtec/test", "mixed/bad"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "junk/notes.txt").write_text("no image")
+    (tmp_path / "model.ckpt").write_text("no checkpoint")
+    (tmp_path / "table.csv").write_text("path,score")
+    shutil.copytree(place / "parts", tmp_path / "parts")
+    shutil.copytree(place / "bad/dent", tmp_path / "parts/some")
+    assert stpm(line.split()) == 1
+    said = capsys.readouterr().err.strip()
+    assert words in said
+    assert "\n" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], "the weights of resnet18.tv_in1k could not be fetched from timm's hub"),
+        ([*LITTLE, "--trainer.logger", "CSVLogger"], "save_dir"),
+        ([*LITTLE, "--model.init_args.backbone", "mobilenetv3_small_100"], "has no layer 'layer1'; it has"),
+        ([*LITTLE, "--model.init_args.nope", "3"], "nope"),
+        (["--teacher", "nope.pth"], "'nope.pth' is not a file"),
+    ],
+)
+def test_a_training_that_fails_says_why_in_a_line(more, words, place, tmp_path):
+    said = command("stpm", "train", str(place / "parts"), *more, check=False, cwd=tmp_path)
+    lines = said.splitlines()
+    assert words in lines[-1], said
+    assert len(lines) == 2  # the other one says that anomalib is being started
+    assert "Traceback" in (tmp_path / "results/parts.log").read_text() or "error:" in said
+
+
+def test_another_models_checkpoint_is_one_sentence(demo, tmp_path, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr("timm.create_model", lambda *args, **options: create(*args, **{**options, "pretrained": False}))
+    model = Stfpm(backbone="resnet18", layers=["layer1"])
+    bounds = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1}
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False, **bounds)
+    engine.fit(model, datamodule=demo)
+    said = command("stpm", "export", engine.best_model_path, check=False, cwd=tmp_path)
+    assert len(said.splitlines()) == 1
+    assert "the checkpoint holds another model than STPM" in said
+
+
+# From a folder to a report
+
+
+def test_a_training_is_quiet_and_ends_with_its_threshold(trained_run):
+    folder, said = trained_run
+    assert "8 good images trained it, 2 were held out." in said
+    assert re.search(r"image threshold \S+ from the held-out good images; expected false alarms 0.50%", said)
+    assert "tested: image AUROC " in said
+    for line in ("model: ", "exported: ", "next: stpm report "):
+        assert line in said
+    assert len(said.splitlines()) < 12
+    assert "INFO" not in said
+    assert "Initializing STPM model" in (folder / "train.log").read_text()
+    assert (folder / "weights/openvino/model.xml").is_file()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]["name"] == "plates"
+    pictures = sorted(path.parent.name for path in folder.glob("images/*/*.png"))
+    assert pictures == ["chip", "chip", "dent", "dent", "good", "good"]
+
+
+def test_good_images_alone_give_no_metrics_but_a_threshold(trained_run, place, tmp_path):
+    """Twice, and as another product than the run before: each has a folder of its own."""
+    for version in ("v0", "v1"):
+        said = command("stpm", "train", "parts", *LITTLE, "--trainer.callbacks=[]", cwd=place)
+        assert "image threshold" in said
+        assert "AUROC" not in said
+        assert (place / "results/STPM/parts" / version / "weights/lightning/model.ckpt").is_file()
+    assert trained_run[0].resolve().name == "v0"
+    config = str(ROOT / "configs/folder.yaml")
+    data = [f"--data.init_args.root={place}", "--data.init_args.normal_dir=parts", "--trainer.callbacks=[]"]
+    teacher = "--model.init_args.teacher_weights=builtin"
+    said = command("anomalib", "train", "-c", config, teacher, *data, *SMALL, cwd=tmp_path)
+    assert "AUROC and F1 need both kinds" in " ".join(said.split())
+    assert "image_AUROC" not in said
+
+
+def test_an_export_is_quiet_and_knows_the_images_that_trained(trained_run, place):
+    folder, _ = trained_run
+    said = command("stpm", "export", str(folder), "--compression", "fp16", cwd=place)
+    assert re.fullmatch(r"exported: \S+model_fp16.xml \(\d+\.\d MiB\)", said.strip())
+    from stpm_plugin import STPM
+
+    record = STPM.load_from_checkpoint(folder / "weights/lightning/model.ckpt").data_record
+    settings = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+    for images in (settings, place / "parts"):
+        data = datamodule_of(images)
+        data.setup()
+        assert {Path(path).name for path in data.train_data.samples.image_path} >= {Path(n).name for n in record.names}
+
+
+def test_a_worn_out_run_folder_is_named(trained_run, tmp_path, capsys):
+    shutil.copytree(trained_run[0], tmp_path / "moved")
+    (tmp_path / "moved/weights/openvino/model.xml").unlink()
+    assert stpm(["report", "moved"]) == 1
+    assert "model.xml is missing: `stpm export moved` writes it" in capsys.readouterr().err
+
+
+# Parts
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("bottle/train/good", "bottle"), ("parts", "parts"), ("/a/ok/images", "a")]
+)
+def test_a_product_is_named_after_its_folder(folder, name):
+    assert named_after(Path(folder)) == name
+
+
+def test_what_a_folder_holds_is_understood(place, tmp_path):
+    (tmp_path / "masks/dent").mkdir(parents=True)
+    (tmp_path / "masks/chip").mkdir()
+    assert good_images(place / "parts", None) == place / "parts"
+    with pytest.raises(STPMError, match=r"--masks .* holds no image"):
+        settings_of_test(place / "bad", tmp_path / "masks")
+    for kind in ("dent", "chip"):
+        cv2.imwrite(str(tmp_path / f"masks/{kind}/000.png"), np.zeros((4, 4), np.uint8))
+    found = settings_of_test(place / "bad", tmp_path / "masks")
+    assert [path.name for path in found["abnormal_dir"]] == ["chip", "dent"]
+    assert [path.name for path in found["mask_dir"]] == ["chip", "dent"]
+    assert found["normal_test_dir"] == place / "bad/good"
+
+
+def test_the_packaged_settings_are_in_the_wheel(tmp_path, capsys):
+    assert stpm(["config", "folder"]) == 0
+    assert (
+        Path("folder.yaml").read_text() == (ROOT / "configs/folder.yaml").read_text() == packaged("folder").read_text()
+    )
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    assert {f"stpm_plugin/configs/{path.name}" for path in ROOT.glob("configs/*.yaml")} <= names
+    assert "stpm_plugin/deployment/report/page.html" in names
+
+
+def test_all_but_the_commands_own_words_goes_to_the_log(tmp_path):
+    code = """
+import os, subprocess, sys, warnings
+from pathlib import Path
+from stpm_plugin.commands.terminal import quiet
+try:
+    with quiet(Path("the.log")) as terminal:
+        print("printed"); os.write(2, b"written\\n"); subprocess.run(["echo", "by a child"]); warnings.warn("warned")
+        terminal.say("said")
+        raise RuntimeError("failed")
+except RuntimeError:
+    print("back")
+"""
+    assert run("-c", code).split() == ["back", "said"]
+    log = Path("the.log").read_text()
+    for word in ("printed", "written", "by a child", "warned", "Traceback", "failed"):
+        assert word in log
+
+
+def test_progress_is_rewritten_on_a_terminal_and_seldom_in_a_file():
+    class Terminal:
+        def __init__(self, tty: bool):
+            self.tty, self.text = tty, ""
+
+        def isatty(self):
+            return self.tty
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+    for tty in (True, False):
+        stream = Terminal(tty)
+        line = Progress(4, "steps", stream)
+        for _ in range(4):
+            line.step()
+        line.end()
+        assert stream.text.count("\r") == (2 if tty else 0)
+        assert stream.text.splitlines()[-1].strip("\x1b[K").split(",")[0].endswith("4/4 steps")
+    assert [in_words(seconds) for seconds in (5, 240, 9000)] == ["5 s", "4.0 min", "2.5 h"]
