@@ -120,8 +120,14 @@ def datamodule_of(images: Path | dict[str, Any]) -> AnomalibDataModule:
 
     if isinstance(images, Path):
         good = images.absolute()
-        names = {"name": good.name, "root": good.parent, "normal_dir": good.name}
-        return Folder(**names, test_split_mode="none", val_split_mode="none", num_workers=0)
+        return Folder(
+            good.name,
+            root=good.parent,
+            normal_dir=good.name,
+            test_split_mode="none",
+            val_split_mode="none",
+            num_workers=0,
+        )
     parser = ArgumentParser(exit_on_error=False)  # anomalib's get_datamodule makes no lists of the settings' lists
     parser.add_argument("--data", type=AnomalibDataModule)
     return parser.instantiate_classes(parser.parse_object({"data": images})).data
