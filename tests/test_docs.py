@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import warm
+import yaml
+from conftest import TINY
+
+from stpm_plugin.commands.entry import main as stpm
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
@@ -47,14 +51,31 @@ def place(demo_root: Path, trained, exported: Path, tmp_path: Path) -> dict[str,
     }
 
 
+def prepare(line: str, place: dict[str, str], demo_root: Path) -> None:
+    """Do what the page's lines before this one did."""
+    if "-c my.yaml" in line:
+        shutil.copy(ROOT / "configs/folder.yaml", "my.yaml")
+    if "report scores.csv" in line:
+        options = ["--csv", "scores.csv", "--heatmaps", "maps"]
+        assert stpm(["score", place["MODEL.xml"], place["IMAGES"], *options]) == 0
+    if "report results" in line:
+        run = Path("results/STPM/parts/latest")
+        shutil.copytree(Path(place["MODEL.xml"]).parent, run / "weights/openvino")
+        data = {"class_path": "stpm_plugin.DemoData", "init_args": {"root": str(demo_root), **TINY}}
+        (run / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+
+
 @pytest.mark.parametrize("line", COMMANDS, ids=lambda line: f"{COMMANDS[line]}: {line}")
-def test_a_command_of_the_pages_runs(line: str, place: dict[str, str]) -> None:
+def test_a_command_of_the_pages_runs(line: str, place: dict[str, str], demo_root: Path) -> None:
     """As a reader would type it, but for one pass and the small teacher."""
+    prepare(line, place, demo_root)
     command = re.sub(r"(?<![\w.-])(DIR|CKPT|MODEL\.xml|IMAGES|FILE)(?![\w.])", lambda m: place[m[1]], line)
     if re.search(r"anomalib (train|fit) ", command) and "--model.help" not in command:
         epochs = "--trainer.max_epochs 4" if "ckpt" in command else "--trainer.max_epochs 1"  # the checkpoint has 3
         command = re.sub(r"--trainer.max_epochs \d+", "", command) + f" {epochs} --trainer.enable_progress_bar false"
         command += "" if "ckpt" in command or "teacher_weights" in command else " --model.teacher_weights builtin"
+    if command.startswith("stpm train"):
+        command += " --trainer.max_epochs 1" + ("" if "--teacher" in command else " --teacher builtin")
     if "accuracy run" in command:
         command += " --passes 1"
     if "benchmarks." in command:

@@ -20,8 +20,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from .. import __version__
 from ..errors import STPMError
+from .score import STOPPED
 
-STOPPED = 130  # exit code after Ctrl-C
 PASSED_ON = ("--model.", "--data.", "--trainer.")  # begin the options of `anomalib train`
 
 

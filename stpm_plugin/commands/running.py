@@ -37,6 +37,8 @@ def logged(log: Path, what: str, work: Callable[[Quiet], Made]) -> Made:
     except SystemExit as stop:
         if not stop.code:
             raise
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way to end
+            raise KeyboardInterrupt from None
         msg = f"{what} failed: {_last_error(log)} ({log} has all of it)."
         raise STPMError(msg) from None
     except Exception as error:

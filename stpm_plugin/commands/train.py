@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING
 from ..deployment.images import images_below
 from ..errors import STPMError
 from .config import packaged
+from .export import CHECKPOINT, checkpoint_of
 from .running import anomalib, logged
+from .score import STOPPED
 from .terminal import Quiet, in_words
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ class Train:
         teacher: The teacher's weights, a .safetensors or .pth file, or `builtin` for a trial; timm's ImageNet weights
             from the hub, if not given.
         recipe: Settings: `folder` for the packaged ones (`stpm config folder`), or a YAML file.
+        resume: Checkpoint of an interrupted training to go on from.
     """
 
     folder: Path
@@ -50,17 +54,30 @@ class Train:
     results: Path = Path("results")
     teacher: str | None = None
     recipe: str = "folder"
+    resume: Path | None = None
     passed_on: list[str] = field(default_factory=list, init=False)
 
     def run(self) -> int:
         """Train; returns 0."""
         good = good_images(self.folder, self.bad)
-        name = self.name or named_after(self.folder)
+        name = named_after(self.folder) if self.name is None else self.name
+        if Path(name).name != name or name in ("", ".", ".."):
+            msg = f"--name {name} names a folder below {self.results}: give a name without slashes."
+            raise STPMError(msg)
         options = {"name": name, "root": good.parent, "normal_dir": good.name, **settings_of_test(self.bad, self.masks)}
         arguments = [f"--data.init_args.{key}={_as_yaml(value)}" for key, value in options.items()]
         if self.teacher is not None:
             arguments.append(f"--model.init_args.teacher_weights={self.teacher}")
-        run_recipe(self.recipe, name, self.results, [*arguments, *self.passed_on], test=self.bad is not None)
+        if self.resume is not None:
+            arguments.append(f"--ckpt_path={checkpoint_of(self.resume).absolute()}")
+        try:
+            run_recipe(self.recipe, name, self.results, [*arguments, *self.passed_on], test=self.bad is not None)
+        except KeyboardInterrupt:
+            left = self.results / "STPM" / name / "latest" / CHECKPOINT
+            print(
+                f"stopped; add --resume {left.resolve()} to go on." if left.is_file() else "stopped.", file=sys.stderr
+            )
+            return STOPPED
         return 0
 
 
@@ -84,12 +101,18 @@ def run_recipe(recipe: str, name: str, results: Path, arguments: list[str], test
     if not file.is_file():
         msg = f"--recipe {recipe} is neither `folder` nor a YAML file: `stpm config folder` writes one to change."
         raise STPMError(msg)
+    if results.exists() and not results.is_dir():
+        msg = f"--results {results} is a file: name a folder."
+        raise STPMError(msg)
     given = [f"--default_root_dir={results}", *arguments]
     log, started = results / f"{name}.log", time.monotonic()
 
     def work(terminal: Quiet) -> Path:
-        made = anomalib(["train" if test else "fit", "-c", str(file), *given], terminal)
+        made = anomalib(["fit", "-c", str(file), *given], terminal)
         folder = Path(made.engine.trainer.default_root_dir)
+        if test:
+            terminal.say("testing ...")
+            made.engine.test(made.model, datamodule=made.datamodule)
         terminal.say(f"trained in {in_words(time.monotonic() - started)}; {account(made, test)}")
         terminal.say(where(folder))
         return folder
