@@ -128,6 +128,7 @@ def test_a_wrong_line_is_one_sentence(line, words, capsys):
         ("export model.ckpt --int8", "model.ckpt does not say which good images trained it: name their folder"),
         ("export model.ckpt --int8 --compression fp16", "--int8 and --compression fp16 contradict each other"),
         ("report empty", "empty/config.yaml is missing: name a run's folder"),
+        ("report empty --heatmaps empty", "--heatmaps belongs to a CSV; those of empty are drawn anew."),
         ("report table.csv", "table.csv says which model wrote it by its hash alone"),
         ("report missing.csv --model model.ckpt", "missing.csv does not exist: name a CSV that `stpm score` wrote."),
         ("report model.ckpt --model model.ckpt", "is not a CSV of scores"),

@@ -20,6 +20,14 @@ def test_pictures_of_images_scores_and_training(trained, demo_root, tmp_path):
     assert stpm(["explain", "missing.ckpt", images]) == 1
 
 
+def test_images_that_trained_the_model_are_told_apart(trained, demo_root, tmp_path, capsys):
+    drawn = str(next(demo_root.glob("plate-*")))
+    assert (
+        stpm(["explain", str(trained[2]), f"{drawn}/train", f"{drawn}/test/dent", "--out", "there", "--most", "1"]) == 0
+    )
+    assert "8 of the images trained the model" in capsys.readouterr().out
+
+
 def test_levels_multiply_to_the_map(trained, demo_root):
     model = STPM.load_from_checkpoint(trained[2]).eval()
     path = next(demo_root.glob("*/test/dent/*.png"))

@@ -30,6 +30,15 @@ def test_a_right_model_agrees_and_a_wrong_one_does_not(models, demo_root, capsys
     assert "do NOT agree" in said
 
 
+def test_images_that_trained_the_model_do_not_count_for_auroc(models, demo_root, capsys):
+    checkpoint, right, _ = map(str, models)
+    drawn = str(next(demo_root.glob("plate-*/train")))
+    assert stpm(["verify", checkpoint, right, drawn, "--precision", "f32"]) == 0
+    said = capsys.readouterr().out
+    assert "8 of them trained the model: they are compared, and do not count for AUROC" in said
+    assert "image AUROC" not in said
+
+
 def test_images_that_were_not_compared_are_no_success(models, demo_root, tmp_path, capsys):
     checkpoint, right, _ = map(str, models)
     (tmp_path / "broken.png").write_bytes(b"no image")

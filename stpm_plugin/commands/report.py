@@ -42,6 +42,9 @@ class Report:
     def run(self) -> int:
         """Make it; returns 0."""
         if self.source.is_dir():
+            if self.heatmaps is not None:
+                msg = f"--heatmaps belongs to a CSV; those of {self.source} are drawn anew."
+                raise STPMError(msg)
             return self.of_run(self.source)
         if self.model is None:
             msg = f"{self.source} says which model wrote it by its hash alone: name the model's .xml file with --model."

@@ -126,9 +126,11 @@ def roles_of(paths: Sequence[str], trained: frozenset[str], held_out: frozenset[
     """What each image was to the model: :data:`TRAINED`, :data:`HELD_OUT`, or nothing (an empty string)."""
     if not trained:
         return [""] * len(paths)
-    _, _, digests = identify([Path(video_of(path)) for path in paths])
-    shortened = (found[:SHORT] for found in digests)
-    return [TRAINED if one in trained else HELD_OUT if one in held_out else "" for one in shortened]
+    images = [path for path in paths if video_of(path) == path]  # training reads no videos
+    _, _, digests = identify([Path(path) for path in images])
+    known = {path: found[:SHORT] for path, found in zip(images, digests, strict=True)}
+    found = [known.get(path, "") for path in paths]
+    return [TRAINED if one in trained else HELD_OUT if one in held_out else "" for one in found]
 
 
 def beside(score: float, label: str, limit: float) -> float:
