@@ -5,8 +5,10 @@ of n such scores is then exceeded by the next one with a probability of (n + 1 -
 distribution, and given these n scores the share of false alarms follows a Beta(n + 1 - k, k) distribution (Vovk,
 "Conditional validity of inductive conformal predictors", ACML 2012; Angelopoulos and Bates, arXiv 2107.07511, section
 3.2). That needs about 1 / (1 - quantile) images. With fewer the scores' tail is extrapolated: logarithms of good
-images' scores are taken to be normal, and the threshold is the upper end of Student's prediction interval for the
-next one, which is exact for any n if they are. `benchmarks/false_alarms.py` compares asked and found shares.
+images' scores are taken to be normal, and the threshold is the upper end of the prediction interval for the next one.
+What is known of their spread beforehand counts as :data:`WORTH` images (scaled inverse chi-squared, Gelman et al.,
+Bayesian Data Analysis, 3rd edition, section 3.3), since two or three scores alone say next to nothing of it.
+`benchmarks/false_alarms.py` compares asked and found shares.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from scipy import stats
 
 CONFIDENCE = 0.9  # of intervals: both ends are one-sided 95 % bounds
 TINY = 1e-12  # scores of 0 have no logarithm
-ONE_IMAGE_FACTOR = 2.0  # one score says nothing of the spread; on six categories this is 3.7 to 7 deviations
+SPREAD = 0.2  # deviation of the logarithms, a little above the .10 to .19 of held-out images of six categories
+WORTH = 4  # degrees of freedom that this counts: it rules with two images, and hardly matters with thirty
 
 
 class Limit(NamedTuple):
@@ -93,9 +96,7 @@ def _alarms_at_rank(rank: int, count: int) -> tuple[float, float, float]:
 
 def _log_normal_limit(scores: np.ndarray, quantile: float) -> float:
     """Upper end of the prediction interval for the next of log-normal scores."""
-    count = len(scores)
-    if count == 1:
-        return ONE_IMAGE_FACTOR * float(scores[0])
     logs = np.log(np.maximum(scores, TINY))
-    reach = stats.t.ppf(quantile, count - 1) * math.sqrt(1 + 1 / count)
-    return float(np.exp(logs.mean() + reach * logs.std(ddof=1)))
+    count, freedom = len(logs), WORTH + len(logs) - 1
+    variance = (WORTH * SPREAD**2 + ((logs - logs.mean()) ** 2).sum()) / freedom
+    return float(np.exp(logs.mean() + stats.t.ppf(quantile, freedom) * math.sqrt(variance * (1 + 1 / count))))

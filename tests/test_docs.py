@@ -74,8 +74,12 @@ def test_a_command_of_the_pages_runs(line: str, place: dict[str, str], demo_root
         epochs = "--trainer.max_epochs 4" if "ckpt" in command else "--trainer.max_epochs 1"  # the checkpoint has 3
         command = re.sub(r"--trainer.max_epochs \d+", "", command) + f" {epochs} --trainer.enable_progress_bar false"
         command += "" if "ckpt" in command or "teacher_weights" in command else " --model.teacher_weights builtin"
+        command += "" if "ckpt" in command else " --model.image_size [64,64]"
     if command.startswith("stpm train"):
-        command += " --trainer.max_epochs 1" + ("" if "--teacher" in command else " --teacher builtin")
+        command += " --trainer.max_epochs 1 --model.init_args.image_size [64,64]"
+        command += "" if "--teacher" in command else " --teacher builtin"
+    if "train" in command and ("yaml" in command or "stpm" in command) and "--name" not in command:
+        command += " --trainer.callbacks=[]"  # one of them exports
     if "accuracy run" in command:
         command += " --passes 1"
     if "benchmarks." in command:

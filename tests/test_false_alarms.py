@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from stpm_plugin.false_alarms import found, images_needed, limit
+from stpm_plugin.false_alarms import SPREAD, WORTH, found, images_needed, limit
 
 
 @pytest.mark.parametrize(("quantile", "images"), [(0.5, 1), (0.9, 9), (0.95, 19), (0.99, 99), (0.995, 199)])
@@ -26,12 +26,19 @@ def test_a_rank_by_hand():
 
 
 def test_few_images_by_hand():
-    """Logarithms 0 and 2: mean 1, deviation sqrt 2; Student's t with one degree of freedom at 0.75 is 1."""
+    """Logarithms 0 and 2: mean 1, squares 2, with 4 times 0.04 over 5; t of five degrees at 0.75 is 0.72669."""
     known = limit(np.exp([0.0, 2.0]), 0.75)
-    assert known.value == pytest.approx(math.exp(1 + math.sqrt(1.5) * math.sqrt(2)))
+    assert known.value == pytest.approx(max(math.exp(1 + 0.72669 * math.sqrt(2.16 / 5 * 1.5)), math.exp(2)), rel=1e-5)
+    close = limit(np.exp([0.9, 1.1]), 0.75)  # squares 0.02
+    assert close.value == pytest.approx(math.exp(1 + 0.72669 * math.sqrt(0.18 / 5 * 1.5)), rel=1e-5)
     assert (known.expected, known.exact) == (0.25, False)
     assert known.high == pytest.approx(1 - 0.05**0.5)  # of two images none is above
-    assert limit(np.array([3.0]), 0.995).value == 6.0
+    assert limit(np.array([1.0]), 0.995).value == pytest.approx(math.exp(4.60409 * 0.2 * math.sqrt(2)), rel=1e-5)
+
+
+def test_two_images_set_no_threshold_out_of_this_world():
+    """Scores that differ by a half, as two images of a run did: less than ten times the higher one."""
+    assert limit(np.array([0.1, 0.15]), 0.995).value < 1
 
 
 def test_no_held_out_image_is_above_an_extrapolated_threshold():
@@ -41,11 +48,12 @@ def test_no_held_out_image_is_above_an_extrapolated_threshold():
 
 @pytest.mark.parametrize("count", [3, 16, 250])
 def test_later_images_exceed_the_threshold_as_often_as_asked(count):
-    """Log-normal scores: exact for any n, by the rank or by the prediction interval."""
+    """Log-normal scores of spreads as they are known beforehand: exact for any n, by the rank or by the interval."""
     random = np.random.default_rng(count)
     shares = []
-    for _ in range(2000):
-        scores = np.exp(random.normal(-2.7, 0.15, count + 50))
+    for _ in range(4000):
+        spread = SPREAD * math.sqrt(WORTH / random.chisquare(WORTH))
+        scores = np.exp(random.normal(-2.7, spread, count + 50))
         shares.append((scores[count:] > limit(scores[:count], 0.99).value).mean())
     assert np.mean(shares) == pytest.approx(0.01, abs=0.003)
 
