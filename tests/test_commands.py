@@ -116,6 +116,7 @@ def test_a_wrong_line_is_one_sentence(line, words, capsys):
         ("train mixed", "mixed holds bad, whose images would train as good"),
         ("train parts --bad parts/some", "holds parts/some, whose images would train as good"),
         ("train parts --name ../x", "--name ../x names a folder below results: give a name without slashes."),
+        ("train parts --results ünter", "anomalib reads no path with letters beyond ASCII, and "),
         ("train parts --results model.ckpt", "--results model.ckpt is a file: name a folder."),
         ("train parts --resume missing", "missing does not exist: name the folder of a run"),
         ("train parts --masks empty", "--masks are the masks of bad images: give --bad too."),

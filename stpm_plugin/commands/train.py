@@ -60,6 +60,10 @@ class Train:
     def run(self) -> int:
         """Train; returns 0."""
         good = good_images(self.folder, self.bad)
+        for folder in filter(None, (good, self.bad, self.masks, self.results)):
+            if not str(folder.absolute()).isascii():
+                msg = f"anomalib reads no path with letters beyond ASCII, and {folder.absolute()} has some: rename it."
+                raise STPMError(msg)
         name = named_after(self.folder) if self.name is None else self.name
         if Path(name).name != name or name in ("", ".", ".."):
             msg = f"--name {name} names a folder below {self.results}: give a name without slashes."
