@@ -152,3 +152,41 @@ def test_hub_out_of_reach_names_the_remedy():
         load_teacher(teacher, "resnet18.tv_in1k", None)
     assert "teacher_weights" in str(error.value)
     assert "builtin" in str(error.value)
+
+
+def test_weights_in_the_cache_are_taken_without_asking_the_hub(tmp_path, monkeypatch):
+    import timm
+    from safetensors.torch import save_file
+
+    from stpm_plugin.model import teacher_weights
+
+    kept = timm.create_model("resnet18").state_dict()
+    save_file(kept, tmp_path / "model.safetensors")
+    monkeypatch.setattr(teacher_weights, "try_to_load_from_cache", lambda *_, **__: str(tmp_path / "model.safetensors"))
+    monkeypatch.setattr(teacher_weights, "hub_reachable", lambda: pytest.fail("the hub was asked"))
+    teacher = FrozenPyramid("resnet18.tv_in1k", ["layer1"])
+    teacher_weights.load_teacher(teacher, "resnet18.tv_in1k", None)
+    assert torch.equal(teacher.net.state_dict()["conv1.weight"], kept["conv1.weight"])
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_hub_that_answers_is_reachable(status, monkeypatch):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    from stpm_plugin.model import teacher_weights
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr(teacher_weights.constants, "HF_HUB_OFFLINE", False)
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        monkeypatch.setattr(teacher_weights.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        Thread(target=server.handle_request, daemon=True).start()
+        assert teacher_weights.hub_reachable()
+    assert not teacher_weights.hub_reachable()  # refused at once: nobody listens any more
