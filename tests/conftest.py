@@ -146,6 +146,8 @@ def anomalib(*arguments: str, env: dict[str, str] | None = None, **options) -> s
 def command(*line: str, check: bool = True, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
     """Run an installed command in a process of its own and return all that it printed."""
     done = None if env else warm.run(list(line), cwd)
+    if done is None and line[0] == "python":
+        return run(*line[1:], env=env, check=check, cwd=cwd)
     if done is None:
         module, name = warm.ENTRIES[line[0]].split(":")
         code = f"import sys; from {module} import {name}; sys.exit({name}())"

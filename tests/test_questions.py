@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.data import ImageBatch, MVTecAD
-from conftest import run
+from conftest import command
 
 from benchmarks.question_figures import separation
 from benchmarks.questions import SizedAUPRO, subset
@@ -17,7 +17,7 @@ from benchmarks.questions import SizedAUPRO, subset
 ROOT = Path(__file__).parents[1]
 LITTLE = ("--size", "64", "--passes", "1", "--most", "3")
 QUESTIONS = ("match", "scales", "teachers", "fewshot", "throughput")
-ASK = ("-m", "benchmarks.questions")
+ASK = ("python", "-m", "benchmarks.questions")
 
 
 def test_figures_of_all_questions_are_drawn_from_what_is_kept(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_figures_of_all_questions_are_drawn_from_what_is_kept(tmp_path: Path) ->
     shutil.copy(ROOT / "benchmarks/results/questions.json", tmp_path)
     before = (tmp_path / "questions.json").read_text()
     assert {row["question"] for row in json.loads(before).values()} == set(QUESTIONS)
-    run(*ASK, "figures", "--results", str(tmp_path), cwd=ROOT)
+    command(*ASK, "figures", "--results", str(tmp_path), cwd=ROOT)
     found = sorted(figure.stem for figure in tmp_path.glob("*.png"))
     assert found == sorted(f"questions_{question}" for question in QUESTIONS)
     assert (tmp_path / "questions.json").read_text() == before
@@ -34,12 +34,12 @@ def test_figures_of_all_questions_are_drawn_from_what_is_kept(tmp_path: Path) ->
 def test_a_question_runs_what_it_lacks_and_keeps_its_rows(tmp_path: Path) -> None:
     """Two trainings, and then none; a teacher that nobody made has a row that says how to make it."""
     keep = ("--results", str(tmp_path))
-    run(*ASK, "match", *LITTLE, *keep, cwd=ROOT)
+    command(*ASK, "match", *LITTLE, *keep, cwd=ROOT)
     rows = json.loads((tmp_path / "questions.json").read_text()).values()
     assert [row["question"] for row in rows] == ["match", "match"]
     for row in rows:
         assert {"versions", "date", "command", "looks"} <= row.keys()
-    run(*ASK, "teachers", *LITTLE, "--names", "mnist", *keep, cwd=ROOT)
+    command(*ASK, "teachers", *LITTLE, "--names", "mnist", *keep, cwd=ROOT)
     *kept, missing = json.loads((tmp_path / "questions.json").read_text()).values()
     assert kept == list(rows)
     assert "not made" in missing["why"]
