@@ -123,6 +123,8 @@ def test_a_wrong_line_is_one_sentence(line, words, capsys):
         ("train parts --bad missing", "--bad missing is not there: name a folder."),
         ("train parts --bad empty", "--bad empty holds no image."),
         ("train parts --recipe nope", "--recipe nope is neither `folder` nor a YAML file"),
+        ("train parts --recipe padim.yaml", "padim.yaml trains anomalib.models.Padim, and this command STPM alone"),
+        ("train parts --recipe table.yaml", "table.yaml is no YAML of settings with model and data"),
         ("export missing", "missing does not exist: name the folder of a run, or its .ckpt file."),
         ("export empty", "empty holds no weights/lightning/model.ckpt"),
         ("export junk/notes.txt", "junk/notes.txt is no checkpoint"),
@@ -143,6 +145,8 @@ def test_a_mistake_is_one_sentence(line, words, place, tmp_path, capsys):
     (tmp_path / "junk/notes.txt").write_text("no image")
     (tmp_path / "model.ckpt").write_text("no checkpoint")
     (tmp_path / "table.csv").write_text("path,score")
+    (tmp_path / "table.yaml").write_text("path,score")
+    (tmp_path / "padim.yaml").write_text("model: {class_path: anomalib.models.Padim}")
     shutil.copytree(place / "parts", tmp_path / "parts")
     shutil.copytree(place / "bad/dent", tmp_path / "parts/some")
     assert stpm(line.split()) == 1

@@ -106,8 +106,19 @@ def test_pictures_are_heat_maps_where_there_are_any(scored, exported):
     assert len(steps) == 2 * len(found.images)
     assert all(drawn)
     assert all(one != other for one, other in zip(drawn, plain, strict=True))
-    gone = [found.images[0]._replace(path="/gone.png")]
-    assert pictures(gone, None, lambda: None) == [""]
+    gone = [found.images[0]._replace(path="/gone.png"), found.images[0]._replace(current=False)]
+    assert pictures(gone, None, lambda: None) == ["", ""]
+
+
+def test_an_image_that_has_changed_is_not_shown_with_its_old_score(exported, numbered_images, tmp_path, capsys):
+    shutil.copytree(numbered_images, tmp_path / "line")
+    assert stpm(["score", str(exported), "line"]) == 0
+    shutil.copy(tmp_path / "line/frame 7.png", tmp_path / "line/frame 9.png")
+    (tmp_path / "line/frame 8.png").unlink()
+    assert contents_of(Path("scores.csv"), exported).stale == 2
+    assert stpm(["report", "scores.csv", "--model", str(exported)]) == 0
+    assert "warning: 2 images have changed or are gone since they were scored" in capsys.readouterr().err
+    assert "shown without a picture: 2." in Path("report.html").read_text()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,9 @@ class Report:
         if not found.images:
             msg = f"all images of {table} trained the model or set its threshold: score others."
             raise STPMError(msg)
+        if found.stale:
+            said = f"{found.stale} images have changed or are gone since they were scored: score them again."
+            print(f"warning: {said}", file=sys.stderr)
         line = Progress(len(found.images), "pictures")
         drawn = contents.pictures(found.images, heatmaps, line.step)
         line.end()

@@ -89,7 +89,10 @@ def quiet(log: Path) -> Iterator[Quiet]:
     for stream in streams:
         stream.flush()
     kept = [os.dup(number) for number in (1, 2)]
-    with log.open("w", encoding="utf-8", errors="replace") as file, os.fdopen(os.dup(2), "w") as terminal:
+    with (
+        log.open("w", encoding="utf-8", errors="replace") as file,
+        os.fdopen(os.dup(2), "w", errors="backslashreplace") as terminal,
+    ):
         for number in (1, 2):
             os.dup2(file.fileno(), number)
         try:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from ..deployment.images import images_below
 from ..errors import STPMError
 from .config import packaged
@@ -108,6 +110,7 @@ def run_recipe(recipe: str, name: str, results: Path, arguments: list[str], test
     if results.exists() and not results.is_dir():
         msg = f"--results {results} is a file: name a folder."
         raise STPMError(msg)
+    require_stpm(file)
     given = [f"--default_root_dir={results}", *arguments]
     log, started = results / f"{name}.log", time.monotonic()
 
@@ -124,6 +127,23 @@ def run_recipe(recipe: str, name: str, results: Path, arguments: list[str], test
     folder = logged(log, "the training", work)
     shutil.move(log, folder / "train.log")
     return folder
+
+
+def require_stpm(recipe: Path) -> None:
+    """Refuse a recipe that trains another model, which `anomalib train` is for.
+
+    Raises:
+        STPMError: It does, or it is no YAML.
+    """
+    try:
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        trained = settings["model"]["class_path"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        msg = f"--recipe {recipe} is no YAML of settings with model and data: `stpm config folder` writes one."
+        raise STPMError(msg) from None
+    if trained.rpartition(".")[2] != "STPM":
+        msg = f"--recipe {recipe} trains {trained}, and this command STPM alone: use `anomalib train -c {recipe}`."
+        raise STPMError(msg)
 
 
 def good_images(folder: Path, bad: Path | None) -> Path:

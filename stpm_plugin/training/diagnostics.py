@@ -117,6 +117,12 @@ class TrainingProgress(Callback):
         del args
         self.line.end()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the line, if there is one."""
+        del pl_module, exception
+        if trainer.training:
+            self.line.end()
+
 
 class FailureReport(Callback):
     """Logs in a sentence why a run ended, where the error names neither the place nor the remedy."""

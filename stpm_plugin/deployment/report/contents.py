@@ -20,7 +20,7 @@ from ...training.data_record import SHORT, identify
 from ..exported_model import HELD_OUT, TRAINED, digest, files_of, images_of, read_model
 from ..images import DECODERS, HEATMAP, decode
 from ..scorer import changed, options_in
-from ..table import read_rows, video_of
+from ..table import Stamp, read_rows, stamp, video_of
 from ..verdict import Scale, Verdict, read_verdict
 
 GOOD, UNLABELLED = "good", "images"  # kinds of those that are good, and of those of which nothing is known
@@ -35,12 +35,14 @@ class Shown(NamedTuple):
         score: Normalised score; above the limit if and only if the table calls it anomalous.
         raw: Raw score.
         kind: ``good``, the name of its defects, or ``images`` where nothing is known.
+        current: Whether its file is still the one that was scored.
     """
 
     path: str
     score: float
     raw: float
     kind: str
+    current: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Contents:
     trained: int
     held_out: int
     unknown: bool
+
+    @property
+    def stale(self) -> int:
+        """Number of images whose files have changed or are gone since they were scored."""
+        return sum(not shown.current for shown in self.images)
 
     @property
     def limit(self) -> float:
@@ -106,7 +113,13 @@ def contents_of(table: Path, model: Path, kinds: Mapping[str, str] | None = None
     roles = roles_of([row[0] for row in rows], trained, held_out)
     limit = limit_of(judged.image, judged.normalize)
     images = [
-        Shown(row[0], beside(float(row[1]), row[3], limit), float(row[2] or row[1]), kinds.get(row[0], UNLABELLED))
+        Shown(
+            row[0],
+            beside(float(row[1]), row[3], limit),
+            float(row[2] or row[1]),
+            kinds.get(row[0], UNLABELLED),
+            stamp(row[0]) == Stamp(row[6], row[7]),
+        )
         for row, role in zip(rows, roles, strict=True)
         if not role
     ]
@@ -141,7 +154,7 @@ def beside(score: float, label: str, limit: float) -> float:
 
 
 def pictures(images: Sequence[Shown], heatmaps: Path | None, step: Callable[[], None]) -> list[str]:
-    """A small picture of each image, its heat map if there is one, as base64 of a JPEG; empty where it is gone.
+    """A small picture of each image, its heat map if there is one, as base64 of a JPEG; empty where it is not current.
 
     Args:
         images: The images.
@@ -150,6 +163,8 @@ def pictures(images: Sequence[Shown], heatmaps: Path | None, step: Callable[[], 
     """
 
     def made(shown: Shown) -> str:
+        if not shown.current:
+            return ""
         drawn = heatmap_of(shown.path, heatmaps)
         picture = cv2.imread(str(drawn)) if drawn else decode(video_of(shown.path))
         if picture is None:
