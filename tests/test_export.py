@@ -15,6 +15,7 @@ from stpm_plugin import STPM, STPMPostProcessor
 from stpm_plugin.deployment.int8 import outside_the_backbones, same_labels
 from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.errors import STPMError
+from stpm_plugin.false_alarms import limit
 
 SIZES = [(64, 64), (101, 77), (200, 131)]
 
@@ -152,8 +153,10 @@ def test_int8_rounds_the_backbones_alone_sets_thresholds_anew_and_lies_beside_fl
     torch.testing.assert_close(others, after)
     assert torch.corrcoef(torch.stack([before, after]))[0, 1] > 0.95
     torch.testing.assert_close(after, before, atol=0, rtol=0.05)
-    # three in four held-out good images pass, where the old threshold let none pass
-    assert 0 < sum(one.label == "anomalous" for one in scores) < len(scores)
+    verdict = Scorer(small).verdict  # set from the rounded model's scores, where the old threshold let none pass
+    assert verdict.image.threshold == pytest.approx(limit(np.array(verdict.held_out_scores), 0.75).value)
+    assert max(verdict.held_out_scores) < verdict.image.threshold
+    assert sum(one.label == "anomalous" for one in scores) < len(scores)
 
 
 @pytest.mark.parametrize(("strides", "in_float"), [((4, 1, 2, 1), {0, 1}), ((4, 1), set())])
