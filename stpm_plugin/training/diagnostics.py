@@ -101,6 +101,7 @@ class TrainingProgress(Callback):
 
     def __init__(self, line: Callable[[int], Line]) -> None:
         self.begin = line
+        self.line: Line | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the line."""
@@ -110,18 +111,19 @@ class TrainingProgress(Callback):
     def on_train_batch_end(self, *args: Any) -> None:
         """Count a step."""
         del args
-        self.line.step()
+        if self.line:
+            self.line.step()
 
     def on_train_end(self, *args: Any) -> None:
         """End the line."""
         del args
-        self.line.end()
+        if self.line:
+            self.line.end()
+            self.line = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """End the line, if there is one."""
-        del pl_module, exception
-        if trainer.training:
-            self.line.end()
+        """End the line."""
+        self.on_train_end(trainer, pl_module, exception)
 
 
 class FailureReport(Callback):
