@@ -16,7 +16,10 @@ from .terminal import Quiet
 if TYPE_CHECKING:
     from anomalib.data import AnomalibDataModule
 
-CHECKPOINT = Path("weights/lightning/model.ckpt")  # in a run's folder
+# In a run's folder, where anomalib puts them.
+CHECKPOINT, EXPORTED, CONFIG = (
+    Path(name) for name in ("weights/lightning/model.ckpt", "weights/openvino/model.xml", "config.yaml")
+)
 Compression = Literal["none", "fp16", "int8", "int8_acq"]
 
 
@@ -85,7 +88,7 @@ class Export:
                 msg = f"--good {self.good} holds no image: name the folder of good images that trained the model."
                 raise STPMError(msg)
             return self.good
-        saved = run / "config.yaml" if run is not None else None
+        saved = run / CONFIG if run is not None else None
         if saved is None or not saved.is_file():
             msg = f"{self.source} does not say which good images trained it: name their folder with --good."
             raise STPMError(msg)

@@ -13,12 +13,10 @@ import yaml
 from ..deployment.images import canonical
 from ..deployment.report import contents, page
 from ..errors import STPMError
+from .export import CONFIG, EXPORTED, datamodule_of
 from .running import logged
 from .score import Score
 from .terminal import Progress, Quiet
-
-CONFIG = "config.yaml"  # anomalib's name of the settings that a run saves
-EXPORTED = Path("weights/openvino/model.xml")  # in a run's folder
 
 
 @dataclass
@@ -103,8 +101,6 @@ def test_images(saved: Path, terminal: Quiet) -> dict[str, str]:
         saved: The run's settings.
         terminal: The way past the log.
     """
-    from .export import datamodule_of
-
     terminal.say("reading the run's data ...")
     settings: dict[str, Any] = yaml.safe_load(saved.read_text(encoding="utf-8"))["data"]
     data = datamodule_of(settings)

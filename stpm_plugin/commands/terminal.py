@@ -25,7 +25,7 @@ class Progress:
 
     def __init__(self, total: int, what: str = "images", stream: IO[str] | None = None) -> None:
         self.total, self.what, self.stream = total, what, stream or sys.stderr
-        self.done, self.started, self.shown = 0, time.monotonic(), 0.0
+        self.done, self.started = 0, time.monotonic()
         self.rewrites = self.stream.isatty()
         self.pause = OFTEN if self.rewrites else SELDOM
         self.shown = 0.0 if self.rewrites else self.started

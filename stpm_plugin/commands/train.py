@@ -14,7 +14,7 @@ import yaml
 from ..deployment.images import images_below
 from ..errors import STPMError
 from .config import packaged
-from .export import CHECKPOINT, checkpoint_of
+from .export import CHECKPOINT, EXPORTED, checkpoint_of
 from .running import anomalib, logged
 from .score import STOPPED
 from .terminal import Quiet, in_words
@@ -245,8 +245,8 @@ def account(made: AnomalibCLI, test: bool) -> str:
 
 def where(folder: Path) -> str:
     """The paths of what a run left, and what to do next."""
-    exported = folder / "weights" / "openvino" / "model.xml"
-    said = f"model: {folder / 'weights' / 'lightning' / 'model.ckpt'}"
+    exported = folder / EXPORTED
+    said = f"model: {folder / CHECKPOINT}"
     if exported.is_file():
         said += f"\nexported: {exported}"
         said += f"\nnext: stpm report {folder}, or stpm score {exported} IMAGES --csv scores.csv --heatmaps maps"
