@@ -1,0 +1,218 @@
+"""Choose the head: how distances become an anomaly map and an image score, on the students that `students.py` keeps.
+
+    python -m benchmarks.heads maps KEPT      # each way from levels to a map
+    python -m benchmarks.heads scores KEPT    # each way from a map to an image score
+    python -m benchmarks.heads table          # from what is kept
+
+The rule, written before any run:
+
+1. Six categories (screw, bottle, KolektorSDD, grid, transistor, toothbrush), three seeds. A candidate's figure is the
+   mean over the categories of the mean over the seeds: of pixel AUROC and PRO for maps, of image AUROC for scores.
+2. Candidates stand in order, the paper's first, then the simpler before the more elaborate. One replaces the one
+   chosen so far only if its gain (a) is above twice the gain's standard error over the seeds, and (b) stays above zero
+   whichever one category is left out. Else the simpler one stays.
+3. No number of a candidate is tuned further than the list below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from anomalib.metrics import AUPRO, AUROC
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from benchmarks.environment import environment
+from benchmarks.students import SIZE
+from stpm_plugin.model.matching import anomaly_map, image_score
+
+RESULTS = Path(__file__).parent / "results" / "heads.json"
+Levels = list[Tensor]
+Found = dict[tuple[str, str], list[float]]  # metrics by category and seed
+
+
+def mean_map(power: float, finest: float = 1.0) -> Callable[[Levels, Levels], Tensor]:
+    """The package's mean of the levels."""
+
+    def head(test: Levels, good: Levels) -> Tensor:
+        scales = torch.stack([level.mean() for level in good])
+        return anomaly_map(test, SIZE, power, scales, finest)
+
+    return head
+
+
+def calibrated(test: Levels, good: Levels) -> Tensor:
+    """Mean over the levels of how many deviations the log-distance lies above its mean on held-out images, exp."""
+    total = torch.zeros(())
+    for level, seen in zip(test, good, strict=True):
+        total = total + upsampled((level.log() - seen.log().mean()) / seen.log().std())
+    return (total / len(test)).exp()
+
+
+def smoothed(test: Levels, good: Levels) -> Tensor:
+    """The product, smoothed as PaDiM and PatchCore smooth their maps (sigma 4)."""
+    return gaussian_blur(mean_map(0)(test, good), [33, 33], [4.0, 4.0])
+
+
+def deep(test: Levels, good: Levels) -> Tensor:
+    """The product without the finest level."""
+    return mean_map(0)(test[1:], good[1:])
+
+
+def upsampled(level: Tensor) -> Tensor:
+    """A level (N, H, W) at the map's size, (N, 1, 256, 256)."""
+    return F.interpolate(level[:, None], SIZE, mode="bilinear")
+
+
+MAPS: dict[str, Callable[[Levels, Levels], Tensor]] = {
+    "product": mean_map(0),
+    "without the finest": deep,
+    "product, smoothed": smoothed,
+    "product, finest halved": mean_map(0, 0.5),
+    "calibrated logarithms": calibrated,
+    "power mean -1/4": mean_map(-0.25),
+    "power mean -1/2": mean_map(-0.5),
+    "harmonic mean": mean_map(-1),
+    "harmonic mean, finest halved": mean_map(-1, 0.5),
+}
+
+
+def share(part: float) -> Callable[[Tensor], Tensor]:
+    """Mean over a share of the map."""
+    return lambda maps: image_score(maps, part, 4)
+
+
+def over_median(part: float) -> Callable[[Tensor], Tensor]:
+    """That mean over the image's own median: how far the worst place stands out of this image."""
+    return lambda maps: image_score(maps, part, 4) / maps.flatten(1).median(1).values
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "maximum": share(0),
+    "highest 0.1 %": share(0.001),
+    "highest 0.3 %": share(0.003),
+    "highest 1 %": share(0.01),
+    "highest 3 %": share(0.03),
+    "highest 0.3 % over the median": over_median(0.003),
+    "highest 1 % over the median": over_median(0.01),
+}
+
+
+def main() -> None:
+    """Measure what is missing, or tabulate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["maps", "scores", "table"])
+    parser.add_argument("kept", nargs="?", type=Path, help="folder of what `students.py` kept")
+    parser.add_argument("--recipe", default="default")
+    args = parser.parse_args()
+    for file in sorted(args.kept.glob(f"{args.recipe}, *.pt")) if args.kept else []:
+        measure(file, args.part)
+    RESULTS.with_suffix(".md").write_text(text := table())
+    print(text)
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """Return what is kept."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def measure(file: Path, part: str) -> None:
+    """Measure each candidate on one student."""
+    kept = rows()
+    row = kept.setdefault(file.stem, {"maps": {}, "scores": {}, **environment("python -m benchmarks.heads")})
+    student = torch.load(file, weights_only=True)
+    row["run"] = student["run"]
+    for name, head in MAPS.items():
+        if part == "maps" and name in row["maps"]:
+            continue
+        maps = head(student["test"], student["good"])
+        if part == "maps":
+            row["maps"][name] = localised(maps, student["masks"])
+        else:
+            row["scores"][name] = {score: detected(of(maps), student["labels"]) for score, of in SCORES.items()}
+    RESULTS.write_text(json.dumps(kept, indent=1))
+    print(file.stem, flush=True)
+
+
+def localised(maps: Tensor, masks: Tensor) -> list[float]:
+    """Pixel AUROC and PRO of maps (N, 1, H, W)."""
+    batch = SimpleNamespace(anomaly_map=maps[:, 0] / maps.max(), gt_mask=masks)
+    return [computed(metric(fields=["anomaly_map", "gt_mask"]), batch) for metric in (AUROC, AUPRO)]
+
+
+def detected(scores: Tensor, labels: Tensor) -> float:
+    """Image AUROC of scores (N,)."""
+    return computed(AUROC(fields=["pred_score", "gt_label"]), SimpleNamespace(pred_score=scores, gt_label=labels))
+
+
+def computed(metric: Any, batch: Any) -> float:
+    """One of anomalib's metrics of one batch."""
+    metric.update(batch)
+    return round(metric.compute().item(), 5)
+
+
+def table() -> str:
+    """Set the candidates in Markdown, and apply the rule."""
+    by_map: dict[str, Found] = {name: {} for name in MAPS}
+    by_score: dict[str, Found] = {}
+    for key, row in rows().items():
+        _, category, seed = key.split(", ")
+        for name, values in row["maps"].items():
+            by_map[name][category, seed] = values
+        for name, values in row["scores"].items():
+            for score, value in values.items():
+                by_score.setdefault(f"{name}: {score}", {})[category, seed] = [value]
+    return "\n\n".join([section("pixel AUROC / PRO", by_map), section("image AUROC", by_score)]) + "\n"
+
+
+def section(metrics: str, found: dict[str, Found]) -> str:
+    """One table: a row for each candidate, a column for each category, and what the rule chooses."""
+    found = {name: values for name, values in found.items() if values}
+    if not found:
+        return ""
+    categories = sorted({category for values in found.values() for category, _ in values})
+    heading = [metrics, *categories, "mean", "gain", "least gain"]
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
+    chosen = next(iter(found))
+    for name, values in found.items():
+        gain, error, least = gains(values, found[chosen])
+        shown = [[mean_of(values, category, at) for at in columns(values)] for category in categories]
+        shown.append([statistics.mean(column) for column in zip(*shown, strict=True)])
+        cells = [" / ".join(f"{value:.4f}" for value in cell) for cell in shown]
+        wins = gain > 2 * error and least > 0
+        lines.append(f"| {name} | {' | '.join(cells)} | {gain:+.4f} ± {error:.4f} | {least:+.4f} |")
+        chosen = name if wins else chosen
+    return "\n".join(lines) + f"\n\nBy the rule: {chosen}. Gains are over the one chosen so far."
+
+
+def columns(values: Found) -> range:
+    """The metrics of a candidate."""
+    return range(len(next(iter(values.values()))))
+
+
+def mean_of(values: Found, category: str, at: int) -> float:
+    """Mean of one metric over a category's seeds."""
+    return statistics.mean(value[at] for (name, _), value in values.items() if name == category)
+
+
+def gains(new: Found, old: Found) -> tuple[float, float, float]:
+    """Mean gain, its standard error over the seeds, and the least gain with one category left out."""
+    gain = {key: statistics.mean(new[key]) - statistics.mean(old[key]) for key in new}
+    categories, seeds = ({key[at] for key in gain} for at in (0, 1))
+    by_category = {c: statistics.mean(g for key, g in gain.items() if key[0] == c) for c in categories}
+    by_seed = [statistics.mean(g for key, g in gain.items() if key[1] == s) for s in seeds]
+    error = statistics.stdev(by_seed) / len(by_seed) ** 0.5 if len(by_seed) > 1 else 0.0
+    left = [statistics.mean(g for c, g in by_category.items() if c != out) for out in categories if len(categories) > 1]
+    return statistics.mean(by_category.values()), error, min(left, default=0.0)
+
+
+if __name__ == "__main__":
+    main()
