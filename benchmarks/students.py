@@ -70,7 +70,6 @@ def train(category: Path, teacher: Path, seed: int, recipe: dict[str, Any]) -> d
             accelerator="cpu",
             logger=False,
             enable_progress_bar=False,
-            enable_checkpointing=False,
         )
         begin = time.perf_counter()
         engine.fit(model, datamodule=data)

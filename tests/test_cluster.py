@@ -15,7 +15,7 @@ from stpm_plugin.commands.entry import main as stpm
 pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def address():
     """Address of a head without processors and two nodes with two each."""
     from ray.cluster_utils import Cluster
@@ -64,7 +64,7 @@ def test_a_lost_workers_images_are_scored_again(address, exported, numbered_imag
         assert float(here["score"]) == pytest.approx(float(there["score"]), rel=1e-3, abs=1e-4)
 
 
-def test_weights_beside_an_onnx_file_are_sent_along(trained, numbered_images, tmp_path):
+def test_weights_beside_an_onnx_file_are_sent_along(address, trained, numbered_images, tmp_path):
     import onnx
 
     plain = STPM.load_from_checkpoint(trained[2]).to_onnx(tmp_path)
@@ -72,16 +72,8 @@ def test_weights_beside_an_onnx_file_are_sent_along(trained, numbered_images, tm
     onnx.save_model(
         onnx.load(plain), external, save_as_external_data=True, location="external.onnx.data", size_threshold=0
     )
-    for table, ray in (("here.csv", []), ("there.csv", ["--ray", "local"])):
-        run(
-            "-m",
-            "stpm_plugin.commands",
-            "score",
-            str(external),
-            str(numbered_images),
-            "--csv",
-            str(tmp_path / table),
-            *ray,
-        )
+    for table, ray in (("here.csv", []), ("there.csv", ["--ray", address])):
+        command = ["score", str(external), str(numbered_images), "--csv", str(tmp_path / table)]
+        run("-m", "stpm_plugin.commands", *command, *ray)
     here, there = rows(tmp_path / "here.csv"), rows(tmp_path / "there.csv")
     assert [(row["path"], row["score"]) for row in here] == [(row["path"], row["score"]) for row in there]

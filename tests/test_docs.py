@@ -17,13 +17,15 @@ from stpm_plugin.commands.entry import main as stpm
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 INSTALLS = "pip "  # the README's first screen: tried on a fresh machine, the second of the two by CI
+TESTED_ELSEWHERE = "--trainer.strategy ddp"  # by test_many_processes.py, and for long
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def commands(page: Path) -> list[str]:
     """The lines of a page's shell blocks that need no more than this machine has."""
     lines = [line for block in BLOCK.findall(page.read_text()) for line in block.splitlines()]
-    return [line.split("  #")[0].strip() for line in lines if "# needs" not in line and not line.startswith(INSTALLS)]
+    lines = [line for line in lines if "# needs" not in line and not line.startswith(INSTALLS)]
+    return [line.split("  #")[0].strip() for line in lines if TESTED_ELSEWHERE not in line]
 
 
 #: Each once, whatever the number of pages that name it.
@@ -85,12 +87,12 @@ def test_a_command_of_the_pages_runs(line: str, place: dict[str, str], demo_root
         command += " --passes 1"
     if "benchmarks." in command:
         command += f" --results {'kept' if command.endswith('table') else 'results'}"
-    code, output = (None if "ddp" in command else warm.run(command)) or in_a_shell(command)  # ddp starts argv again
+    code, output = warm.run(command) or in_a_shell(command)
     assert code == 0, f"{command}\n{output[-3000:]}"
 
 
 def in_a_shell(command: str) -> tuple[int, str]:
-    """Run a line that sets variables or starts itself again."""
+    """Run a line that sets variables."""
     bin_first = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, shell=True, capture_output=True, text=True, timeout=600, env=os.environ | bin_first, check=False

@@ -10,8 +10,6 @@ import torch
 import yaml
 from conftest import MODEL, TINY, anomalib, run
 
-from stpm_plugin import STPM
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 ONE_EPOCH = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 SMALL = ["--model.backbone", "resnet18", "--model.teacher_weights", "builtin", "--model.image_size", "[64,64]"]
@@ -149,21 +147,14 @@ def test_validate_from_a_checkpoint_without_hub(commanded, demo_root, tmp_path):
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize(
-    ("export_type", "compression", "name"),
-    [("torch", None, "model.pt"), ("onnx", None, "model.onnx"), ("openvino", "INT8", "model_int8.xml")],
-)
-def test_export_from_a_checkpoint(export_type, compression, name, commanded, demo_root, tmp_path):
-    compressed = ["--compression_type", compression, *data(demo_root)] if compression else []
+@pytest.mark.parametrize(("export_type", "name"), [("torch", "model.pt"), ("onnx", "model.onnx")])
+def test_export_from_a_checkpoint(export_type, name, commanded, tmp_path):
+    """OpenVINO, in float and in INT8: by the README's commands, in test_docs.py."""
     anomalib(
-        "export", "--model", "STPM", "--model.backbone", "resnet18", "--export_type", export_type, *compressed,
+        "export", "--model", "STPM", "--model.backbone", "resnet18", "--export_type", export_type,
         "--ckpt_path", str(commanded / "weights/lightning/model.ckpt"), "--export_root", "out", cwd=tmp_path,
     )  # fmt: skip
-    path = tmp_path / f"out/weights/{export_type}/{name}"
-    assert path.is_file()
-    if compression:
-        floats = 4 * sum(p.numel() for p in STPM(**MODEL).model.parameters())
-        assert 0.2 < path.with_suffix(".bin").stat().st_size / floats < 0.3
+    assert (tmp_path / f"out/weights/{export_type}/{name}").is_file()
 
 
 def test_yaml_with_the_short_class_path_and_module_run_without_autoload(demo_root, tmp_path):
@@ -199,8 +190,11 @@ def hub(folder: Path) -> dict[str, str]:
     return {"HF_HOME": str(folder)}
 
 
-def test_benchmark_of_four_models(demo_root, tmp_path):
+def test_benchmark_beside_a_model_of_anomalibs(demo_root, tmp_path):
     config = yaml.safe_load((CONFIGS / "benchmark.yaml").read_text())
+    models = config["benchmark"]["model"]["class_path"]
+    assert models["grid"] == ["STPM", "Stfpm", "Padim", "Patchcore"]
+    models["grid"] = ["STPM", "Padim"]  # a model takes a quarter of a minute
     config["benchmark"]["data"] = {"class_path": "stpm_plugin.DemoData", "init_args": {"root": str(demo_root), **TINY}}
     Path("benchmark.yaml").write_text(yaml.safe_dump(config))
     output = anomalib(
@@ -212,7 +206,7 @@ def test_benchmark_of_four_models(demo_root, tmp_path):
     )
     assert list(tmp_path.glob("runs/**/results.csv")), output[-4000:]
     rows = pd.read_csv(next(tmp_path.glob("runs/**/results.csv")))
-    assert [*rows["model.class_path"]] == ["STPM", "Stfpm", "Padim", "Patchcore"], output[-2000:]
+    assert [*rows["model.class_path"]] == models["grid"], output[-2000:]
     real = rows.iloc[0]
     assert 0 <= real.image_AUROC <= 1
     assert 0 <= real.pixel_AUROC <= 1

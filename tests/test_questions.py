@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.data import ImageBatch, MVTecAD
-from conftest import command
+from conftest import command, fit
 
 from benchmarks.question_figures import separation
-from benchmarks.questions import SizedAUPRO, subset
+from benchmarks.questions import Distances, SizedAUPRO, subset
 
 ROOT = Path(__file__).parents[1]
 LITTLE = ("--size", "64", "--passes", "1", "--most", "3")
@@ -32,17 +32,27 @@ def test_figures_of_all_questions_are_drawn_from_what_is_kept(tmp_path: Path) ->
 
 
 def test_a_question_runs_what_it_lacks_and_keeps_its_rows(tmp_path: Path) -> None:
-    """Two trainings, and then none; a teacher that nobody made has a row that says how to make it."""
-    keep = ("--results", str(tmp_path))
-    command(*ASK, "match", *LITTLE, *keep, cwd=ROOT)
-    rows = json.loads((tmp_path / "questions.json").read_text()).values()
-    assert [row["question"] for row in rows] == ["match", "match"]
-    for row in rows:
-        assert {"versions", "date", "command", "looks"} <= row.keys()
-    command(*ASK, "teachers", *LITTLE, "--names", "mnist", *keep, cwd=ROOT)
-    *kept, missing = json.loads((tmp_path / "questions.json").read_text()).values()
-    assert kept == list(rows)
+    """One training, and then none; a teacher that nobody made has a row that says how to make it."""
+    ask = (*ASK, "teachers", *LITTLE, "--results", str(tmp_path), "--names")
+    command(*ask, "cifar10", cwd=ROOT)
+    (row,) = json.loads((tmp_path / "questions.json").read_text()).values()
+    assert {"versions", "date", "command", "metrics"} <= row.keys()
+    command(*ask, "cifar10", "mnist", cwd=ROOT)
+    kept, missing = json.loads((tmp_path / "questions.json").read_text()).values()
+    assert kept == row
     assert "not made" in missing["why"]
+
+
+def test_distances_are_looked_at_before_and_after_passes(demo, tmp_path: Path) -> None:
+    """The callback of `match`: a student's distances fall, and shares add up to one."""
+    fit(demo, tmp_path, 2, trainer={"callbacks": [Distances(str(tmp_path / "looks.json"), [2], most=3)]})
+    before, after = json.loads((tmp_path / "looks.json").read_text())
+    assert (before["passes"], after["passes"]) == (0, 2)
+    shares = [torch.tensor(look["shares"]) for look in (before, after)]  # (groups, levels + 1, bins)
+    assert shares[0].shape == (4, 4, 120)
+    assert torch.allclose(shares[1][0].sum(-1), torch.ones(4), atol=1e-3)
+    mean_bin = [(share[0] * torch.arange(120)).sum(-1) for share in shares]
+    assert (mean_bin[1] < mean_bin[0]).all()
 
 
 def test_a_share_of_a_category_is_one_that_anomalib_lists(demo_root: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
-from conftest import fit, run
+from conftest import command, fit, run
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from safetensors.torch import save_file
@@ -213,8 +213,8 @@ def test_commands_with_a_bare_model(different, tmp_path):
         for command, given in data.items()
     ]  # fmt: skip
     run("-c", COMMANDS, json.dumps(commands), env={"PYTHONPATH": str(TESTS)}, cwd=tmp_path)
-    for command in data:
-        found = json.loads((tmp_path / f"{command}.json").read_text())
+    for name in data:
+        found = json.loads((tmp_path / f"{name}.json").read_text())
         agree(different, verdicts(found), **EAGER)
         assert found["thresholds"] == different.thresholds
 
@@ -308,6 +308,7 @@ def test_unequal_verdicts_would_be_noticed(different):
 
 SPAWNED = """
 import sys
+sys.path.append(sys.argv[2])  # of this test: the new process imports it too
 from pathlib import Path
 from conftest import TINY, fit
 from stpm_plugin import DemoData
@@ -321,6 +322,6 @@ if __name__ == "__main__":
 
 def test_a_model_that_a_spawned_process_trained_is_trained_here(demo_root, tmp_path):
     (tmp_path / "spawned.py").write_text(SPAWNED)
-    output = run("spawned.py", str(demo_root), env={"PYTHONPATH": str(Path(__file__).parent)}, cwd=tmp_path)
+    output = command("python", "-m", "spawned", str(demo_root), str(TESTS), cwd=tmp_path)
     assert "trained here: True True image threshold" in output
     assert "tested: ['image_AUROC'" in output
