@@ -12,6 +12,9 @@ The rule, written before any run:
    chosen so far only if its gain (a) is above twice the gain's standard error over the seeds, and (b) stays above zero
    whichever one category is left out. Else the simpler one stays.
 3. No number of a candidate is tuned further than the list below.
+
+Scores over the root of the map's mean were added to the list when a first student of each category had shown that
+scores over the median help on screw and grid and cost transistor and bottle: they divide by less.
 """
 
 from __future__ import annotations
@@ -32,19 +35,31 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from benchmarks.environment import environment
 from benchmarks.students import SIZE
-from stpm_plugin.model.matching import anomaly_map, image_score
+from stpm_plugin.model.matching import anomaly_map
 
 RESULTS = Path(__file__).parent / "results" / "heads.json"
 Levels = list[Tensor]
 Found = dict[tuple[str, str], list[float]]  # metrics by category and seed
 
 
+def product(test: Levels, good: Levels) -> Tensor:
+    """The package's."""
+    del good
+    return anomaly_map(test, SIZE)
+
+
 def mean_map(power: float, finest: float = 1.0) -> Callable[[Levels, Levels], Tensor]:
-    """The package's mean of the levels."""
+    """Power mean of the levels over their held-out means, as versions 0.1 and 0.2 had it; 0: the geometric mean."""
 
     def head(test: Levels, good: Levels) -> Tensor:
+        weights = torch.tensor([finest, *[1.0] * (len(test) - 1)])
+        weights = weights / weights.sum()
+        if not power:
+            return sum(w * upsampled(x).log() for w, x in zip(weights, test, strict=True)).exp()  # type: ignore[union-attr]
         scales = torch.stack([level.mean() for level in good])
-        return anomaly_map(test, SIZE, power, scales, finest)
+        relative = [(level / scale).clamp(min=0.01) for level, scale in zip(test, scales, strict=True)]
+        parts = [w * upsampled(level.pow(2 * power)).sqrt() for w, level in zip(weights, relative, strict=True)]
+        return torch.stack(parts).sum(0).pow(1 / power) * (scales.log() * weights).sum().exp()
 
     return head
 
@@ -59,12 +74,12 @@ def calibrated(test: Levels, good: Levels) -> Tensor:
 
 def smoothed(test: Levels, good: Levels) -> Tensor:
     """The product, smoothed as PaDiM and PatchCore smooth their maps (sigma 4)."""
-    return gaussian_blur(mean_map(0)(test, good), [33, 33], [4.0, 4.0])
+    return gaussian_blur(product(test, good), [33, 33], [4.0, 4.0])
 
 
 def deep(test: Levels, good: Levels) -> Tensor:
     """The product without the finest level."""
-    return mean_map(0)(test[1:], good[1:])
+    return product(test[1:], good[1:])
 
 
 def upsampled(level: Tensor) -> Tensor:
@@ -73,7 +88,7 @@ def upsampled(level: Tensor) -> Tensor:
 
 
 MAPS: dict[str, Callable[[Levels, Levels], Tensor]] = {
-    "product": mean_map(0),
+    "product": product,
     "without the finest": deep,
     "product, smoothed": smoothed,
     "product, finest halved": mean_map(0, 0.5),
@@ -85,14 +100,31 @@ MAPS: dict[str, Callable[[Levels, Levels], Tensor]] = {
 }
 
 
+def blocks(maps: Tensor) -> Tensor:
+    """A map's means over blocks of 4 x 4 pixels, those of the finest level's positions, (N, 4096)."""
+    return F.avg_pool2d(maps, 4).flatten(1)
+
+
 def share(part: float) -> Callable[[Tensor], Tensor]:
-    """Mean over a share of the map."""
-    return lambda maps: image_score(maps, part, 4)
+    """Mean over the highest share of the map; 0 for its maximum."""
+    if not part:
+        return lambda maps: maps.flatten(1).amax(1)
+    return lambda maps: blocks(maps).topk(max(1, int(part * 4096)), dim=1).values.mean(1)
 
 
-def over_median(part: float) -> Callable[[Tensor], Tensor]:
-    """That mean over the image's own median: how far the worst place stands out of this image."""
-    return lambda maps: image_score(maps, part, 4) / maps.flatten(1).median(1).values
+def over(part: float, calm: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """That mean over what the image's own map is like."""
+    return lambda maps: share(part)(maps) / calm(blocks(maps))
+
+
+def median(values: Tensor) -> Tensor:
+    """Of each map."""
+    return values.median(1).values
+
+
+def root_of_mean(values: Tensor) -> Tensor:
+    """Of each map."""
+    return values.mean(1).sqrt()
 
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,8 +133,10 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "highest 0.3 %": share(0.003),
     "highest 1 %": share(0.01),
     "highest 3 %": share(0.03),
-    "highest 0.3 % over the median": over_median(0.003),
-    "highest 1 % over the median": over_median(0.01),
+    "highest 0.3 % over the median": over(0.003, median),
+    "highest 1 % over the median": over(0.01, median),
+    "highest 0.3 % over the root of the mean": over(0.003, root_of_mean),
+    "highest 1 % over the root of the mean": over(0.01, root_of_mean),
 }
 
 

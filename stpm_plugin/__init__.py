@@ -25,7 +25,7 @@ _HOMES = {
     "STPMPreProcessor": "model.pre_processing",
 }
 __all__ = ["STPM", "DemoData", "OpenVINOExport", "STPMModel", "STPMPostProcessor", "STPMPreProcessor"]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def __getattr__(name: str) -> object:

@@ -16,13 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from stpm_plugin import STPM, DemoData, STPMPostProcessor
 
 SMALL = {"backbone": "resnet18", "teacher_weights": "builtin", "layers": ["layer1", "layer2"], "image_size": (32, 32)}
-HEADS = st.fixed_dictionaries(
-    {
-        "score_share": st.sampled_from([0.0, 0.05]),
-        "level_power": st.sampled_from([0.0, -1.0]),
-        "finest_weight": st.just(2.0),
-    }
-)
+HEADS = st.fixed_dictionaries({"score_share": st.sampled_from([0.0, 0.05])})
 RULES = st.sampled_from([None, 0.6])
 
 

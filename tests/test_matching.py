@@ -7,7 +7,6 @@ from stpm_plugin.model.matching import (
     distance,
     distances,
     image_score,
-    level_means,
     matching_loss,
     normalize,
 )
@@ -63,8 +62,20 @@ def test_image_score_by_hand():
     anomalies[0, 0, 0, 0] = 0.8  # one pixel of a block
     anomalies[1, 0, 2:, 2:] = 0.4  # a whole block
     assert image_score(anomalies, 0, 2).tolist() == pytest.approx([0.8, 0.4])
-    assert image_score(anomalies, 0.25, 2).tolist() == pytest.approx([0.2, 0.4])  # the highest of four blocks
-    assert image_score(anomalies, 0.5, 2).tolist() == pytest.approx([0.1, 0.2])
+    # The highest of four blocks over the root of the map's mean, 0.05 and 0.1; then the mean of two blocks.
+    assert image_score(anomalies, 0.25, 2).tolist() == pytest.approx([0.2 / 0.05**0.5, 0.4 / 0.1**0.5])
+    assert image_score(anomalies, 0.5, 2).tolist() == pytest.approx([0.1 / 0.05**0.5, 0.2 / 0.1**0.5])
+    assert image_score(torch.zeros(1, 1, 4, 4), 0.5, 2).tolist() == [0]
+
+
+def test_a_defect_stands_out_of_a_calm_map_and_a_lesser_match_everywhere_does_not():
+    """Geometric mean of a part's distance, and that over the map's mean: for the same part, the calmer map's is higher."""
+    calm, restless = torch.full((1, 1, 10, 10), 0.1), torch.full((1, 1, 10, 10), 0.2)
+    calm[..., 0, 0] = restless[..., 0, 0] = 0.4
+    assert image_score(calm, 0.01, 1) > image_score(restless, 0.01, 1)
+    assert image_score(3 * calm, 0.01, 1) == pytest.approx(
+        float(3**0.5 * image_score(calm, 0.01, 1))
+    )  # nothing matches
 
 
 def test_gradient_reaches_the_student_alone():
@@ -81,29 +92,9 @@ def test_one_level_is_its_distance_and_two_are_their_geometric_mean():
     assert two.item() == pytest.approx((0.4 * 2.0) ** 0.5, abs=1e-6)
 
 
-def test_a_power_mean_of_levels_over_their_normal_distances():
-    teacher, student = [normalize(column(1.0, 0.0))] * 2, [column(0.6, 0.8), column(-1.0, 0.0)]
-    scales = torch.tensor([0.1, 0.5])  # distances 0.4 and 2: four times the normal one both
-    assert anomaly_map(distances(teacher, student), (1, 1), -0.5, scales).item() == pytest.approx(
-        4 * 0.05**0.5, abs=1e-6
-    )
-    scales = torch.tensor([0.1, 0.125])  # four and sixteen times: ((1/2 + 1/4) / 2) ** -2 = 64/9, where the root is 8
-    assert anomaly_map(distances(teacher, student), (1, 1), -0.5, scales).item() == pytest.approx(
-        64 / 9 * 0.0125**0.5, abs=1e-6
-    )
-    assert anomaly_map(distances(teacher, student), (1, 1), -1e-4, scales).item() == pytest.approx(0.8**0.5, abs=1e-3)
-    # the first of two weighs half: 1.5 / (0.5 / 4 + 1 / 16) = 8, times the weighted geometric mean of the scales
-    weighted = anomaly_map(distances(teacher, student), (1, 1), -1.0, scales, finest_weight=0.5)
-    assert weighted.item() == pytest.approx(8 * 0.1 ** (1 / 3) * 0.125 ** (2 / 3), abs=1e-6)
-    plain = anomaly_map(distances(teacher, student), (1, 1), finest_weight=0.5)
-    assert plain.item() == pytest.approx(0.4 ** (1 / 3) * 2 ** (2 / 3), abs=1e-6)
-    assert level_means(distances(teacher, student)).tolist() == pytest.approx([0.4, 2.0], abs=1e-6)
-
-
-def test_equal_features_have_a_small_and_finite_map():
+def test_equal_features_have_an_empty_map():
     teacher = [normalize(torch.ones(1, 4, 2, 2))] * 2
-    found = anomaly_map(distances(teacher, teacher), (4, 4), -0.5, torch.tensor([0.1, 0.1]))
-    torch.testing.assert_close(found, torch.full((1, 1, 4, 4), 0.001))  # a hundredth of the normal distance
+    assert torch.equal(anomaly_map(distances(teacher, teacher), (4, 4)), torch.zeros(1, 1, 4, 4))
 
 
 def test_a_two_by_two_map_upsampled():
@@ -113,15 +104,6 @@ def test_a_two_by_two_map_upsampled():
     got = anomaly_map(distances([teacher], [student]), (4, 4))[0, 0]
     edge = torch.tensor([1.0, 0.75, 0.25, 0.0])  # weights of bilinear upsampling by 2, align_corners=False
     torch.testing.assert_close(got, 2 * edge[:, None] * edge[None, :])
-
-
-def test_powers_are_upsampled_squared():
-    """Halfway between distances of the normal one and of twice that: the root of the mean of 1 and 1/4, inverted."""
-    teacher = normalize(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).repeat(1, 1, 1, 2))
-    student = torch.tensor([[[[0.8, 0.6]], [[0.6, 0.8]]]])  # distances 0.2 and 0.4
-    got = anomaly_map(distances([teacher], [student]), (1, 4), -1.0, torch.tensor([0.2]))[0, 0, 0]
-    near, far = 0.75 + 0.25 / 4, 0.25 + 0.75 / 4  # of bilinear upsampling by 2, align_corners=False
-    torch.testing.assert_close(got, 0.2 / torch.tensor([1.0, near, far, 0.25]).sqrt())
 
 
 def test_geometric_mean_keeps_the_products_order():

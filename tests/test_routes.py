@@ -19,7 +19,7 @@ from stpm_plugin import STPM, STPMModel, STPMPostProcessor, STPMPreProcessor
 from stpm_plugin.deployment.scorer import Scorer
 
 TESTS = Path(__file__).parent
-HEAD = {"score_share": 0.02, "level_power": -0.5, "finest_weight": 0.7}
+HEAD = {"score_share": 0.02}
 SENSITIVITY = {"image_sensitivity": 0.4, "pixel_sensitivity": 0.55}
 SIZES = [(64, 64), (101, 77), (48, 80), (60, 131), (256, 200), (90, 90)]
 CPU = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}

@@ -156,8 +156,7 @@ def test_cached_equals_uncached(demo_root, tmp_path, monkeypatch, kept, weights,
     results = []
     for cache in ("memory", "off"):
         datamodule = DemoData(root=demo_root, **TINY)
-        plain = {"precision": "trainer", "level_power": 0.0, "finest_weight": 1.0}  # the product takes rounding calmly
-        engine, model = fit(datamodule, tmp_path / cache, 3, cache=cache, **plain)
+        engine, model = fit(datamodule, tmp_path / cache, 3, cache=cache, precision="trainer")
         results.append((student(model), engine.test(model, datamodule=datamodule)[0]["pixel_AUROC"]))
     (cached, cached_metric), (fresh, fresh_metric) = results
     assert (cached - fresh).norm() / fresh.norm() < weights
@@ -218,14 +217,13 @@ def test_a_checkpoint_loads_whatever_was_measured(demo, tmp_path):
 
 
 def scored(monkeypatch, values, seen=None):
-    """Let the held-out score of each epoch be one of these values, and the level scales its number."""
+    """Let the held-out score of each epoch be one of these values."""
     real, values = selection.score, iter(values)
 
     def score(module, batches):
         if seen is not None:
             seen.append(student(module).clone())
-        _, scales, kept = real(module, batches)
-        return next(values), torch.full_like(scales, module.current_epoch + 1), kept
+        return next(values), real(module, batches)[1]
 
     monkeypatch.setattr(selection, "score", score)
     return values
@@ -240,7 +238,6 @@ def test_the_lowest_holdout_score_is_chosen(values, epoch, demo, tmp_path, monke
     _, model = fit(demo, tmp_path, 3)
     assert model.selection.chosen.epoch == epoch
     assert torch.equal(student(model), seen[epoch])
-    assert model.model.level_scales.tolist() == [epoch + 1.0] * 3
     assert list(left) == []
 
 
@@ -291,7 +288,6 @@ def test_users_validation_changes_no_weights(trained, demo, tmp_path):
 def test_holdout_of_zero_takes_the_last_epoch(demo, tmp_path):
     _, model = fit(demo, tmp_path, 2, holdout=0)
     assert model.selection.chosen.epoch == 1
-    assert 0 < model.model.level_scales.min() <= model.model.level_scales.max() < 1  # of the training images
 
 
 def test_a_second_fit_chooses_anew(demo, tmp_path):
@@ -335,8 +331,7 @@ def test_one_cycle_rises_and_falls(demo, tmp_path):
     [
         ({"holdout": 1.5}, "holdout=1.5"),
         ({"layers": ["layer7"]}, "layer1 (1)"),
-        ({"finest_weight": 0.0}, "finest_weight=0.0"),
-        ({"finest_weight": float("inf")}, "finest_weight=inf"),
+        ({"score_share": 1.5}, "score_share=1.5"),
     ],
 )
 def test_bad_arguments(arguments, words):

@@ -159,6 +159,7 @@ def verdict_of(post_processor: PostProcessor, model: STPMModel) -> Verdict:
         held_out_maxima=tuple(getattr(post_processor, "held_out_maxima", ())),
         score_share=model.score_share,
         stride=model.teacher.strides[0],
+        stands_out=True,
     )
 
 

@@ -19,7 +19,8 @@ from ..errors import STPMError
 
 SECTION = "stpm"  # of the model's runtime information
 RAW_SCORE, RAW_MAP = "raw_pred_score", "raw_anomaly_map"  # tensors of the graph, before normalisation
-FORMAT = 1
+FORMAT = 2  # 1: of versions 0.1 and 0.2, without `stands_out`
+MIN_MEAN = 1e-6  # of a map: `stpm_plugin.model.matching`'s, which this side cannot import, since it needs torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,10 @@ class Verdict:
         label: Whether labels and masks are given.
         held_out_scores: Raw image scores of good images that trained nothing, ascending.
         held_out_maxima: Raw maxima of their anomaly maps, ascending.
-        score_share: Share of the map whose mean is the image score, as in :class:`stpm_plugin.STPMModel`.
+        score_share: Share of the map that the image score is made of, as in :class:`stpm_plugin.STPMModel`.
         stride: Pixels of the map that the shallowest level tells apart, along a side.
+        stands_out: Whether the score says how far that share stands out of its map; else it is the share's mean, as
+            versions 0.1 and 0.2 had it.
     """
 
     basis: str
@@ -105,6 +108,7 @@ class Verdict:
     held_out_maxima: tuple[float, ...] = ()
     score_share: float = 0.0
     stride: int = 4
+    stands_out: bool = False
 
     def with_threshold(self, threshold: float) -> Verdict:
         """The verdict with another raw image threshold; the pixel threshold moves by the same factor.
@@ -148,7 +152,8 @@ class Verdict:
         rows, columns = (length // side for length in anomaly_map.shape)
         blocks = anomaly_map[: rows * side, : columns * side].reshape(rows, side, columns, side).mean((1, 3)).ravel()
         count = max(1, len(blocks) * round(self.score_share * 1e6) // 10**6)
-        return float(np.sort(blocks)[-count:].mean())
+        part = np.sort(blocks)[-count:].mean()
+        return float(part / np.sqrt(max(blocks.mean(), MIN_MEAN)) if self.stands_out else part)
 
     def append_to(self, model: ov.Model, score: ov.Output, anomaly_map: ov.Output) -> ov.Model:
         """Append itself to a graph, and describe itself there.

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Of a level's normal distance: smaller ones say nothing, and powers of this down to -2 fit half precision.
-MIN_RELATIVE_DISTANCE = 0.01
+MIN_MEAN = 1e-6  # of a map: no real one is as calm, and half precision can hold it
 
 
 def normalize(features: Tensor) -> Tensor:
@@ -68,64 +67,41 @@ def mean_of_largest(values: Tensor, share: float) -> Tensor:
     return values.flatten().topk(max(1, round(share * values.numel())), sorted=False).values.mean()
 
 
-def anomaly_map(
-    levels: Sequence[Tensor],
-    size: tuple[int, int],
-    power: float = 0.0,
-    scales: Tensor | None = None,
-    finest_weight: float = 1.0,
-) -> Tensor:
-    """The levels' distances, upsampled and averaged, on the scale of one distance.
+def anomaly_map(levels: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """The levels' distances, upsampled and multiplied, on the scale of one distance.
 
-    With a ``power`` of 0 the mean is the geometric one: the paper multiplies the levels, and here the product's root
-    is taken. The order of all scores, so AUROC and PRO, is the product's, and the values survive half precision and
-    look right as colours. Below 0 it is a power mean of the levels over their ``scales``, so that the lower levels
-    count more: what is anomalous is so at all levels. The levels are then upsampled as powers of twice that, so that
-    between two positions the lower one counts more, and a coarse level's halo around a defect stays narrow.
+    The paper multiplies the levels; here the product's root is taken, their geometric mean. The order of all values, so
+    AUROC and PRO, is the product's, and the values survive half precision and look right as colours.
 
     Args:
         levels: One map of distances (B, H_l, W_l) for each level, as :func:`distances` gives them.
         size: Height and width of the map, those of the images, pixels.
-        power: Power of the mean, at most 0.
-        scales: Mean distance of each level on normal images (L,), as :func:`level_means` gives them; for powers
-            below 0. ``None`` for equal ones.
-        finest_weight: Weight of the first level in the mean; the others have 1.
 
     Returns:
-        Anomaly map in [0, 2], (B, 1, H, W), float32; a power mean is at most the geometric one.
+        Anomaly map in [0, 2], (B, 1, H, W), float32.
     """
-    maps = [level.unsqueeze(1) for level in levels]  # (B, 1, H_l, W_l)
-    weights = [finest_weight, *[1.0] * (len(maps) - 1)]
-    if not power:
-        product = functools.reduce(torch.mul, (_upsample(x, size).pow(w) for x, w in zip(maps, weights, strict=True)))
-        return product.pow(1 / sum(weights))  # (B, 1, H, W)
-    scales = maps[0].new_ones(len(maps)) if scales is None else scales
-    relative = [(level / scale).clamp(min=MIN_RELATIVE_DISTANCE) for level, scale in zip(maps, scales, strict=True)]
-    upsampled = [_upsample(level.pow(2 * power), size).sqrt() for level in relative]  # (B, 1, H, W) each
-    total = functools.reduce(torch.add, (level * w for level, w in zip(upsampled, weights, strict=True)))
-    scale = (scales.log() * scales.new_tensor(weights)).sum() / sum(weights)
-    return (total / sum(weights)).pow(1 / power) * scale.exp()
-
-
-def _upsample(level: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(level, size=size, mode="bilinear", align_corners=False)
-
-
-def level_means(levels: Sequence[Tensor]) -> Tensor:
-    """Mean over batch and positions of each level's distances (B, H_l, W_l): (L,), in [0, 2]."""
-    return torch.stack([level.mean() for level in levels])
+    maps = (F.interpolate(level.unsqueeze(1), size=size, mode="bilinear", align_corners=False) for level in levels)
+    return functools.reduce(torch.mul, maps).pow(1 / len(levels))  # (B, 1, H, W)
 
 
 def image_score(anomalies: Tensor, share: float, stride: int) -> Tensor:
-    """Image scores (B,) of anomaly maps (B, 1, H, W): the maximum, or the mean over the most anomalous part.
+    """Image scores (B,) of anomaly maps (B, 1, H, W): the maximum, or how far the most anomalous part stands out.
+
+    The latter is the geometric mean of two numbers: the part's mean distance, and that over the whole map's mean. An
+    image on which all matches a little worse than usual, by its light or its turn, is so no more anomalous than one
+    with a real defect on a calm map; an image on which nothing matches still is.
 
     Args:
         anomalies: Anomaly maps.
-        share: Share of the map to average over, after blocks of ``stride`` pixels were averaged; 0 for the maximum.
+        share: Share of the map that is that part, after blocks of ``stride`` pixels were averaged; 0 for the maximum.
         stride: Input pixels per position of the shallowest level: the map is smooth below this.
+
+    Returns:
+        Scores of at least 0: the maximum is at most 2, the other at most the root of ``2 / share``.
     """
     if not share:
         return torch.amax(anomalies, dim=(1, 2, 3))
     blocks = F.avg_pool2d(anomalies, min(stride, *anomalies.shape[-2:])).flatten(1)
     count = torch.sym_max(1, blocks.shape[1] * round(share * 1e6) // 10**6)  # whole numbers, as sizes in exports are
-    return blocks.topk(count, dim=1, sorted=False).values.mean(1)
+    part = blocks.topk(count, dim=1, sorted=False).values.mean(1)
+    return part / blocks.mean(1).clamp(min=MIN_MEAN).sqrt()

@@ -20,12 +20,10 @@ class STPMModel(nn.Module):
     Args:
         backbone: timm model name.
         layers: Names or indices of the matched layers, from shallow to deep.
-        score_share: Share of the anomaly map, its highest values, whose mean is the image score; 0 for its maximum.
-        level_power: Power of the mean over the levels, at most 0; 0 for the paper's product.
-        finest_weight: Weight of the shallowest level in that mean, above 0; the others have 1.
+        score_share: Share of the anomaly map, its highest values, that the image score is made of
+            (:func:`~stpm_plugin.model.matching.image_score`); 0 for the map's maximum.
 
     Attributes:
-        level_scales: Each level's mean distance on held-out normal images (L,); ones before training.
         tiler: anomalib's ``Tiler``, which its ``TilerConfigurationCallback`` sets: networks then see tiles of the
             pre-processed image, and features are joined before they are compared. ``None`` for whole images.
 
@@ -35,24 +33,20 @@ class STPMModel(nn.Module):
 
     teacher: FrozenPyramid
     student: FeaturePyramid
-    level_scales: Tensor
 
     def __init__(
         self,
         backbone: str = "resnet18.tv_in1k",
         layers: Sequence[str | int] = ("layer1", "layer2", "layer3"),
         score_share: float = 0.0,
-        level_power: float = 0.0,
-        finest_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_head(score_share, level_power, finest_weight)
+        check_head(score_share)
         self.backbone = backbone
         self.teacher = FrozenPyramid(backbone, layers)
         self.student = FeaturePyramid(backbone, layers)
-        self.score_share, self.level_power, self.finest_weight = score_share, level_power, finest_weight
+        self.score_share = score_share
         self.tiler: Any = None
-        self.register_buffer("level_scales", torch.ones(len(layers)))
         self.to(memory_format=torch.channels_last)  # twice as fast on CPUs, and no slower elsewhere
 
     def teach(self, images: Tensor) -> list[Tensor]:
@@ -64,13 +58,13 @@ class STPMModel(nn.Module):
         return self._features(self.student, images)
 
     def score(self, levels: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """Turn the levels' distances (B, H_l, W_l) into anomaly maps (B, 1, *size) and image scores (B,), in [0, 2]."""
-        anomalies = anomaly_map(levels, size, self.level_power, self.level_scales, self.finest_weight)
+        """Turn the levels' distances (B, H_l, W_l) into anomaly maps (B, 1, *size) in [0, 2] and image scores (B,)."""
+        anomalies = anomaly_map(levels, size)
         scores = image_score(anomalies, self.score_share, self.teacher.strides[0])
         return InferenceBatch(pred_score=scores, anomaly_map=anomalies)
 
     def forward(self, images: Tensor) -> InferenceBatch:
-        """Map normalised images (B, 3, H, W) to anomaly maps (B, 1, H, W) and image scores (B,), both in [0, 2]."""
+        """Map normalised images (B, 3, H, W) to anomaly maps (B, 1, H, W) in [0, 2] and image scores (B,)."""
         height, width = images.shape[-2:]
         return self.score(distances(self.teach(images), self.study(images)), (height, width))
 
@@ -89,18 +83,12 @@ class STPMModel(nn.Module):
         return [self.tiler.untile(level) for level in network(tiles)]
 
 
-def check_head(score_share: float, level_power: float, finest_weight: float) -> None:
-    """Refuse numbers that are out of range.
+def check_head(score_share: float) -> None:
+    """Refuse a number that is out of range.
 
     Raises:
-        STPMError: One is; names it and its range.
+        STPMError: It is; names it and its range.
     """
     if not 0 <= score_share <= 1:
         msg = f"score_share={score_share} must be a share of the anomaly map, or 0 for its maximum."
-        raise STPMError(msg)
-    if not -4 <= level_power <= 0:
-        msg = f"level_power={level_power} must be 0 (the levels' product) or below, down to -4 (nearly the lowest)."
-        raise STPMError(msg)
-    if not 0 < finest_weight < float("inf"):
-        msg = f"finest_weight={finest_weight} must be above 0 (1: all levels alike); `layers` can leave a level out."
         raise STPMError(msg)

@@ -49,7 +49,8 @@ class Checkpointed(Base):
                 "this state dict lacks the model's settings (_extra_state): use load_from_checkpoint on its checkpoint."
             )
             raise STPMError(msg)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        known = {name: tensor for name, tensor in state_dict.items() if name not in saved_state.GONE}
+        return super().load_state_dict(known, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the chosen weights, and those under training beside them.
@@ -86,7 +87,7 @@ class Checkpointed(Base):
         return module
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Become the model that a checkpoint describes, one of version 0.1.0 included."""
+        """Become the model that a checkpoint describes; of version 0.1 or 0.2, if it has the paper's head."""
         trainer = attached_trainer(_stpm(self))
         saved_state.refuse_foreign(checkpoint, trainer and trainer.ckpt_path)
         tensors = checkpoint["state_dict"]
@@ -98,6 +99,7 @@ class Checkpointed(Base):
         super().on_load_checkpoint(checkpoint)
         own = self.state_dict()  # of metrics and a visualizer, which learn nothing and may be others
         kept = {name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "post_processor."))}
+        kept = {name: tensor for name, tensor in kept.items() if name not in saved_state.GONE}
         taken = (saved_state.KEY, "evaluator.")  # what was restored is settled, and said once
         checkpoint["state_dict"] = {name: one for name, one in own.items() if name.startswith(taken)} | kept
         datamodule = getattr(trainer, "datamodule", None)

@@ -10,7 +10,7 @@ from anomalib.data import InferenceBatch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..model.matching import anomaly_map, distances, level_means
+from ..model.matching import anomaly_map, distances
 from .thresholds import HeldOut
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ Batches = Iterable[tuple[Tensor, list[Tensor]]]  # pre-processed images (B, 3, H
 
 
 @torch.no_grad()
-def score(module: STPM, batches: Batches) -> tuple[float, Tensor, list[tuple[list[Tensor], tuple[int, int]]]]:
+def score(module: STPM, batches: Batches) -> tuple[float, list[tuple[list[Tensor], tuple[int, int]]]]:
     """Score good images of all processes with the student as it is.
 
     Args:
@@ -29,11 +29,10 @@ def score(module: STPM, batches: Batches) -> tuple[float, Tensor, list[tuple[lis
 
     Returns:
         The mean over images and positions of the levels' product, as the authors take it, brought back to the
-        scale of one distance, in [0, 2]; each level's mean distance (L,); and this process's distances, with the
-        height and width of their images.
+        scale of one distance, in [0, 2]; and this process's distances, with the height and width of their images.
     """
     count = len(module.model.teacher.layers)
-    sums = torch.zeros(count + 2, device=module.device)
+    sums = torch.zeros(2, device=module.device)  # images, and their products
     kept = []
     module.model.eval()
     for images, teacher in batches:
@@ -41,12 +40,11 @@ def score(module: STPM, batches: Batches) -> tuple[float, Tensor, list[tuple[lis
             levels = distances(teacher, module.model.study(images))
         size = (images.shape[-2], images.shape[-1])
         product = anomaly_map(levels, size).pow(count).mean().unsqueeze(0)
-        sums += len(images) * torch.cat([product.new_ones(1), product, level_means(levels)])
+        sums += len(images) * torch.cat([product.new_ones(1), product])
         kept.append((levels, size))
     module.model.train()
-    seen, product, *means = module.trainer.strategy.reduce(sums, reduce_op="sum")
-    scales = (torch.stack(means) / seen).clamp(min=torch.finfo().tiny)
-    return float((product / seen).pow(1 / count)), scales, kept
+    seen, product = module.trainer.strategy.reduce(sums, reduce_op="sum")
+    return float((product / seen).pow(1 / count)), kept
 
 
 @torch.no_grad()

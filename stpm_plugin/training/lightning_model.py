@@ -61,12 +61,8 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         teacher_weights: Path of a ``.safetensors`` or ``.pth`` file; ``builtin`` for the package's small teacher,
             trained on CIFAR-10; ``None`` for timm's pretrained weights, which are downloaded.
         image_size: Height and width to which images are resized, pixels.
-        score_share: Share of the anomaly map, its highest values, whose mean is the image score; 0 for its maximum, as
-            in the paper.
-        level_power: Power of the mean over the levels' distances, each over its mean on held-out normal images, in
-            [-4, 0]: below 0 the levels that see less count more; 0 for the paper's product.
-        finest_weight: Weight of the shallowest level in that mean, above 0; the others have 1, and so has it in the
-            paper.
+        score_share: Share of the anomaly map, its highest values, that the image score is made of: how far they stand
+            out of the image's own map; 0 for the map's maximum, as in the paper.
         hard_share: Share of the positions in a batch, those of the largest distances, that train; 1 for all, as in
             the paper.
         lr: Learning rate of SGD, the highest of the schedule; 0.4 is the authors', for a batch of 32.
@@ -110,8 +106,6 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         teacher_weights: str | None = None,
         image_size: tuple[int, int] = (256, 256),
         score_share: float = 0.003,
-        level_power: float = -1.0,
-        finest_weight: float = 0.5,
         hard_share: float = 0.2,
         lr: float = 1.6,
         momentum: float = 0.9,
@@ -133,7 +127,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         check_shares(holdout, hard_share)
         made = default_pre_processor(backbone, image_size) if pre_processor is True else pre_processor
         super().__init__(made, post_processor, evaluator, visualizer)
-        self.model = seeded_model(seed, backbone, layers, score_share, level_power, finest_weight)
+        self.model = seeded_model(seed, backbone, layers, score_share)
         self.teacher_weights, self.precision, self.seed = teacher_weights, precision, seed
         self.lr, self.momentum, self.weight_decay, self.hard_share = lr, momentum, weight_decay, hard_share
         self.schedule, self.epochs, self.min_steps, self.batch_size = schedule, epochs, min_steps, batch_size

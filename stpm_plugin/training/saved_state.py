@@ -25,10 +25,12 @@ from .thresholds import STPMPostProcessor
 if TYPE_CHECKING:
     from .lightning_model import STPM
 
-FORMAT = 1
+FORMAT = 2  # 1: of versions 0.1 and 0.2, which could weigh the levels, and whose scores were means
 KEY = "_extra_state"  # torch's name in a state dict
 ARCHITECTURE = ("backbone", "layers")
-HEAD = ("score_share", "level_power", "finest_weight")
+HEAD = ("score_share",)
+GONE = ("model.level_scales",)  # tensors that versions 0.1 and 0.2 saved
+PAPERS_HEAD = {"score_share": 0.0, "level_power": 0.0, "finest_weight": 1.0}
 INTERCHANGEABLE = (PostProcessor.__name__, STPMPostProcessor.__name__)
 
 
@@ -63,6 +65,7 @@ def restore(module: STPM, state: Mapping[str, Any], stated: Mapping[str, Any]) -
     if state["format"] > FORMAT:
         msg = f"the checkpoint's format {state['format']} is newer than this package's ({FORMAT}): upgrade stpm_plugin."
         raise STPMError(msg)
+    refuse_older_head(state)
     _refuse_another_architecture(module, state, stated)
     size = module.network_size
     _restore_pre_processor(module, state["pre_processor"], stated)
@@ -237,6 +240,23 @@ def refuse_foreign(checkpoint: Mapping[str, Any], path: Any) -> None:
         raise STPMError(msg)
 
 
+def refuse_older_head(state: Mapping[str, Any]) -> None:
+    """Refuse a state whose anomaly map or image score this version no longer computes.
+
+    Raises:
+        STPMError: It is of version 0.1 or 0.2, and not of the paper's head, which has stayed what it was.
+    """
+    head = {name: state.get(name, plain) for name, plain in PAPERS_HEAD.items()}
+    if state["format"] < FORMAT and head != PAPERS_HEAD:
+        settings = ", ".join(f"{name} {value}" for name, value in head.items())
+        msg = (
+            f"the checkpoint is of stpm_plugin 0.1 or 0.2 and its scores ({settings}) are no longer computed, so its "
+            "verdicts would change: train the model anew, or use it with `pip install 'stpm_plugin<0.3'`. Models that "
+            "were exported to OpenVINO go on as they are."
+        )
+        raise STPMError(msg)
+
+
 def upgraded(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Make the extra state that version 0.1.0 did not save, from what it did."""
     settings, kept = checkpoint["hyper_parameters"], checkpoint.get("stpm")
@@ -253,7 +273,7 @@ def upgraded(checkpoint: dict[str, Any]) -> dict[str, Any]:
         "format": 0,
         "backbone": settings["backbone"],
         "layers": list(settings["layers"]),
-        **{name: settings[name] for name in HEAD},
+        **{name: settings[name] for name in PAPERS_HEAD},
         "tiler": None,
         **configs,
         "teacher_ready": True,

@@ -2,13 +2,13 @@
 
 As Lightning's `WeightAveraging` does with its average, the chosen weights stand in for those under training wherever
 weights are looked at: in validation, in checkpoints, and once training has ended. A checkpoint's state is the chosen
-student with its level scales and thresholds, ready to use; what is needed to go on training lies beside it.
+student with its thresholds, ready to use; what is needed to go on training lies beside it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -38,13 +38,11 @@ class Chosen:
         epoch: Of these weights.
         score: Mean anomaly map on the held-out images, in [0, 2]; NaN where none are held out.
         student: The student's tensors.
-        level_scales: Its mean distance at each level on good images (L,).
     """
 
     epoch: int
     score: float
     student: dict[str, Tensor]
-    level_scales: Tensor
 
 
 class WeightSelection(Callback):
@@ -151,18 +149,17 @@ class WeightSelection(Callback):
         self._considered = module.current_epoch
         self._resume(module)
         share_statistics(module)
-        value, scales = float("nan"), module.model.level_scales.clone()
+        value = float("nan")
         if module.holdout:
-            value, scales, kept = score(module, self._run_images.held_out())
+            value, kept = score(module, self._run_images.held_out())
             module.log("holdout_score", value, prog_bar=True, on_step=False, on_epoch=True, batch_size=1)
         self.scores.append(value)
         worse = self.chosen is not None and math.isfinite(self.chosen.score) and not value < self.chosen.score
         if module.holdout and (worse or not math.isfinite(value)):
             return
         student = {name: tensor.clone() for name, tensor in module.model.student.state_dict().items()}
-        self.chosen = Chosen(module.current_epoch, value, student, scales)
+        self.chosen = Chosen(module.current_epoch, value, student)
         module.trained = True
-        module.model.level_scales.copy_(scales)
         if module.holdout and isinstance(module.post_processor, STPMPostProcessor):  # until the run is complete
             scored = (module.model.score(levels, size) for levels, size in kept)
             module.post_processor.set_from_normal_images(*gathered(module, of_held_out(scored), self._run_images.held))
@@ -178,9 +175,6 @@ class WeightSelection(Callback):
         if module.holdout and not is_last_pass(module.trainer):
             return
         self._use_chosen(module)
-        if not module.holdout:
-            chosen = self.chosen = replace(chosen, level_scales=score(module, images.training())[1])
-            module.model.level_scales.copy_(chosen.level_scales)
         self._calibrated = chosen
         if module.post_processor is not None:
             held_out = gathered(module, of_held_out(predicted(module, images.held_out())), images.held)
@@ -242,7 +236,7 @@ class WeightSelection(Callback):
         if saved is None:
             return
         student = {name: tensor.clone() for name, tensor in module.model.student.state_dict().items()}
-        self.chosen = Chosen(saved["epoch"], saved["score"], student, module.model.level_scales.clone())
+        self.chosen = Chosen(saved["epoch"], saved["score"], student)
         self.scores = list(saved["scores"])
         self._resumed = {"held_out": held_out_of(module)}
         module.model.student.load_state_dict(saved["student"])
