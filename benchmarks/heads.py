@@ -196,22 +196,24 @@ def computed(metric: Any, batch: Any) -> float:
 def table() -> str:
     """Set the candidates in Markdown, and apply the rule."""
     by_map: dict[str, Found] = {name: {} for name in MAPS}
-    by_score: dict[str, Found] = {}
     for key, row in rows().items():
         _, category, seed = key.split(", ")
         for name, values in row["maps"].items():
             by_map[name][category, seed] = values
-        for name, values in row["scores"].items():
-            for score, value in values.items():
-                by_score.setdefault(f"{name}: {score}", {})[category, seed] = [value]
-    return "\n\n".join([section("pixel AUROC / PRO", by_map), section("image AUROC", by_score)]) + "\n"
+    maps, chosen = section("pixel AUROC / PRO", by_map)
+    by_score: dict[str, Found] = {name: {} for name in SCORES}
+    for key, row in rows().items():
+        _, category, seed = key.split(", ")
+        for name, value in row["scores"].get(chosen, {}).items():
+            by_score[name][category, seed] = [value]
+    return f"{maps}\n\n{section('image AUROC', by_score)[0]}\n"
 
 
-def section(metrics: str, found: dict[str, Found]) -> str:
-    """One table: a row for each candidate, a column for each category, and what the rule chooses."""
+def section(metrics: str, found: dict[str, Found]) -> tuple[str, str]:
+    """One table: a row for each candidate, a column for each category; and what the rule chooses."""
     found = {name: values for name, values in found.items() if values}
     if not found:
-        return ""
+        return "", ""
     categories = sorted({category for values in found.values() for category, _ in values})
     heading = [metrics, *categories, "mean", "gain", "least gain"]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
@@ -224,7 +226,7 @@ def section(metrics: str, found: dict[str, Found]) -> str:
         wins = gain > 2 * error and least > 0
         lines.append(f"| {name} | {' | '.join(cells)} | {gain:+.4f} ± {error:.4f} | {least:+.4f} |")
         chosen = name if wins else chosen
-    return "\n".join(lines) + f"\n\nBy the rule: {chosen}. Gains are over the one chosen so far."
+    return "\n".join(lines) + f"\n\nBy the rule: {chosen}. Gains are over the one chosen so far.", chosen
 
 
 def columns(values: Found) -> range:

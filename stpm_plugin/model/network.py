@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import STPMError
 from .features import FeaturePyramid, FrozenPyramid
 from .matching import anomaly_map, distances, image_score, normalize
+from .usual_places import UsualPlaces
 
 
 class STPMModel(nn.Module):
@@ -24,6 +25,8 @@ class STPMModel(nn.Module):
             (:func:`~stpm_plugin.model.matching.image_score`); 0 for the map's maximum.
 
     Attributes:
+        usual_places: What raises maps where the teacher sees what is not usual there; ``None`` where parts do not lie
+            alike.
         tiler: anomalib's ``Tiler``, which its ``TilerConfigurationCallback`` sets: networks then see tiles of the
             pre-processed image, and features are joined before they are compared. ``None`` for whole images.
 
@@ -46,6 +49,7 @@ class STPMModel(nn.Module):
         self.teacher = FrozenPyramid(backbone, layers)
         self.student = FeaturePyramid(backbone, layers)
         self.score_share = score_share
+        self.usual_places: UsualPlaces | None = None
         self.tiler: Any = None
         self.to(memory_format=torch.channels_last)  # twice as fast on CPUs, and no slower elsewhere
 
@@ -57,16 +61,31 @@ class STPMModel(nn.Module):
         """Map normalised images (B, 3, H, W) to the student's features, (B, C_l, H_l, W_l) for each level."""
         return self._features(self.student, images)
 
-    def score(self, levels: Sequence[Tensor], size: tuple[int, int]) -> InferenceBatch:
-        """Turn the levels' distances (B, H_l, W_l) into anomaly maps (B, 1, *size) in [0, 2] and image scores (B,)."""
+    def score(self, levels: Sequence[Tensor], size: tuple[int, int], deepest: Tensor | None = None) -> InferenceBatch:
+        """Turn the levels' distances into anomaly maps and image scores.
+
+        Args:
+            levels: One map of distances (B, H_l, W_l) for each level.
+            size: Height and width of the anomaly maps, pixels.
+            deepest: The teacher's unit vectors of the deepest level (B, C, h, w), for :attr:`usual_places`; ``None`` to
+                leave those out.
+
+        Returns:
+            Anomaly maps (B, 1, *size), at least 0, and image scores (B,).
+        """
+        stride = self.teacher.strides[0]
         anomalies = anomaly_map(levels, size)
-        scores = image_score(anomalies, self.score_share, self.teacher.strides[0])
+        scores = image_score(anomalies, self.score_share, stride)
+        if self.usual_places is not None and deepest is not None:
+            anomalies = self.usual_places(anomalies, scores, deepest)
+            scores = image_score(anomalies, self.score_share, stride)
         return InferenceBatch(pred_score=scores, anomaly_map=anomalies)
 
     def forward(self, images: Tensor) -> InferenceBatch:
-        """Map normalised images (B, 3, H, W) to anomaly maps (B, 1, H, W) in [0, 2] and image scores (B,)."""
+        """Map normalised images (B, 3, H, W) to anomaly maps (B, 1, H, W) and image scores (B,), at least 0."""
         height, width = images.shape[-2:]
-        return self.score(distances(self.teach(images), self.study(images)), (height, width))
+        teacher = self.teach(images)
+        return self.score(distances(teacher, self.study(images)), (height, width), teacher[-1])
 
     def _features(self, network: FeaturePyramid, images: Tensor) -> list[Tensor]:
         if self.tiler is None:

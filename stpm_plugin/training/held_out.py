@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from anomalib.data import InferenceBatch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..model.matching import anomaly_map, distances
-from .thresholds import HeldOut
+from .thresholds import HeldOut, of_held_out
 
 if TYPE_CHECKING:
     from .lightning_model import STPM
@@ -19,8 +19,22 @@ if TYPE_CHECKING:
 Batches = Iterable[tuple[Tensor, list[Tensor]]]  # pre-processed images (B, 3, H, W) and the teacher's unit vectors
 
 
+class Matched(NamedTuple):
+    """A batch of good images, as teacher and student see it.
+
+    Attributes:
+        levels: Distances (B, H_l, W_l) for each level.
+        size: Height and width of the images, pixels.
+        deepest: The teacher's unit vectors of the deepest level (B, C, h, w).
+    """
+
+    levels: list[Tensor]
+    size: tuple[int, int]
+    deepest: Tensor
+
+
 @torch.no_grad()
-def score(module: STPM, batches: Batches) -> tuple[float, list[tuple[list[Tensor], tuple[int, int]]]]:
+def score(module: STPM, batches: Batches) -> tuple[float, list[Matched]]:
     """Score good images of all processes with the student as it is.
 
     Args:
@@ -29,7 +43,7 @@ def score(module: STPM, batches: Batches) -> tuple[float, list[tuple[list[Tensor
 
     Returns:
         The mean over images and positions of the levels' product, as the authors take it, brought back to the
-        scale of one distance, in [0, 2]; and this process's distances, with the height and width of their images.
+        scale of one distance, in [0, 2]; and what was matched of this process's images.
     """
     count = len(module.model.teacher.layers)
     sums = torch.zeros(2, device=module.device)  # images, and their products
@@ -41,7 +55,7 @@ def score(module: STPM, batches: Batches) -> tuple[float, list[tuple[list[Tensor
         size = (images.shape[-2], images.shape[-1])
         product = anomaly_map(levels, size).pow(count).mean().unsqueeze(0)
         sums += len(images) * torch.cat([product.new_ones(1), product])
-        kept.append((levels, size))
+        kept.append(Matched(levels, size, teacher[-1]))
     module.model.train()
     seen, product = module.trainer.strategy.reduce(sums, reduce_op="sum")
     return float((product / seen).pow(1 / count)), kept
@@ -53,8 +67,14 @@ def predicted(module: STPM, batches: Batches) -> Iterator[InferenceBatch]:
     module.model.eval()
     for images, teacher in batches:
         height, width = images.shape[-2:]
-        yield module.model.score(distances(teacher, module.model.study(images)), (height, width))
+        yield module.model.score(distances(teacher, module.model.study(images)), (height, width), teacher[-1])
     module.model.train()
+
+
+def ordinary_score(module: STPM, matched: Iterable[Matched], count: int) -> Tensor:
+    """Median image score of all processes' ``count`` good images, by the student alone; a scalar."""
+    own = of_held_out(module.model.score(one.levels, one.size) for one in matched)
+    return gathered(module, own, count)[0].median()
 
 
 def gathered(module: STPM, own: HeldOut, held: int) -> HeldOut:

@@ -63,6 +63,8 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         image_size: Height and width to which images are resized, pixels.
         score_share: Share of the anomaly map, its highest values, that the image score is made of: how far they stand
             out of the image's own map; 0 for the map's maximum, as in the paper.
+        aligned: Whether parts lie alike in all images, so that what is missing or in the wrong place is anomalous;
+            ``None`` where the training images say so; ``False`` as in the paper.
         hard_share: Share of the positions in a batch, those of the largest distances, that train; 1 for all, as in
             the paper.
         lr: Learning rate of SGD, the highest of the schedule; 0.4 is the authors', for a batch of 32.
@@ -106,6 +108,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         teacher_weights: str | None = None,
         image_size: tuple[int, int] = (256, 256),
         score_share: float = 0.003,
+        aligned: bool | None = None,
         hard_share: float = 0.2,
         lr: float = 1.6,
         momentum: float = 0.9,
@@ -132,6 +135,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         self.lr, self.momentum, self.weight_decay, self.hard_share = lr, momentum, weight_decay, hard_share
         self.schedule, self.epochs, self.min_steps, self.batch_size = schedule, epochs, min_steps, batch_size
         self.holdout, self.cache, self.cache_dir = holdout, cache, cache_dir
+        self.aligned = aligned
         self.trained = self.teacher_ready = False
         self.data_record: DataRecord | None = None
         self.stated = saved_state.stated_arguments(self, () if pre_processor is True else ("pre_processor",))

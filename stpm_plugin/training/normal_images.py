@@ -18,6 +18,7 @@ from ..model.matching import matching_loss
 from .data import Split, TrainingBatches, augments, check_normal, hold_out, images_of, read, share_out, sizes_differ
 from .data_record import DataRecord, identify, paths_of
 from .feature_cache import FeatureCache, open_cache
+from .placement import learn
 
 if TYPE_CHECKING:
     from .lightning_model import STPM
@@ -82,6 +83,7 @@ class NormalImages:
         self.module.ready_teacher()  # each time: a learning-rate finder restores the model between two calls
         if self._batches is None:
             self._batches = self._open()
+            self._learn_places()
         self._batches.batch_size = self._batch_size  # a batch-size finder changes it between two calls
         self.module.data_record = self._record
         return self._batches
@@ -90,6 +92,11 @@ class NormalImages:
     def held(self) -> int:
         """Held-out images of all processes."""
         return len(self._record.held_out)
+
+    @property
+    def trained(self) -> int:
+        """Training images of all processes."""
+        return len(self._split.train) * self.module.trainer.world_size
 
     def held_out(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Yield this process's held-out images (B, 3, H, W), pre-processed, and the teacher's unit vectors."""
@@ -111,6 +118,13 @@ class NormalImages:
         self._split = share_out(len(loader.dataset), record.held_out, trainer.global_rank, trainer.world_size)
         self._cache = self._keep([*self._split.train, *self._split.holdout]) if self._may_keep() else None
         return TrainingBatches(loader, self._split.train, self._batch_size, record.seed, self._cache)
+
+    def _learn_places(self) -> None:
+        """Learn what is usual at each place; what a resumed run has chosen was scored with its own ordinary score."""
+        model = self.module.model
+        before, model.usual_places = model.usual_places, learn(self.module, self)
+        if before is not None and model.usual_places is not None:
+            model.usual_places.ordinary.copy_(before.ordinary)
 
     def _hold_out(self, before: DataRecord | None) -> DataRecord:
         """Identify the images and hold some out: those of the checkpoint's run, and a share of the images it lacked."""

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from ..errors import STPMError
 from ..model.features import FeaturePyramid
 from ..model.network import STPMModel, check_head
+from ..model.usual_places import UsualPlaces
 from .data_record import DataRecord
 from .thresholds import STPMPostProcessor
 
@@ -42,6 +43,7 @@ def describe(module: STPM) -> dict[str, Any]:
         "backbone": network.backbone,
         "layers": list(network.teacher.layers),
         **{name: getattr(network, name) for name in HEAD},
+        "usual_places": None if network.usual_places is None else list(network.usual_places.mean.shape),
         "tiler": tiler_settings(network.tiler),
         "pre_processor": _config(module.pre_processor),
         "post_processor": _config(module.post_processor),
@@ -209,6 +211,9 @@ def _restore_network(module: STPM, state: Mapping[str, Any], stated: Mapping[str
         module.model.tiler = network.tiler
     for name, value in head.items():
         setattr(module.model, name, value)
+    shape, own = state.get("usual_places"), module.model.usual_places
+    if shape is None or own is None or list(own.mean.shape) != list(shape):
+        module.model.usual_places = None if shape is None else UsualPlaces(tuple(shape)).to(module.device)
     return taken
 
 

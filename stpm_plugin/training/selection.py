@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ..errors import STPMError
-from .held_out import gathered, predicted, score, share_statistics
+from .held_out import Matched, gathered, ordinary_score, predicted, score, share_statistics
 from .normal_images import NormalImages, StandIn
 from .schedule import is_last_pass
 from .thresholds import STPMPostProcessor, calibrate, of_held_out
@@ -160,8 +160,11 @@ class WeightSelection(Callback):
         student = {name: tensor.clone() for name, tensor in module.model.student.state_dict().items()}
         self.chosen = Chosen(module.current_epoch, value, student)
         module.trained = True
-        if module.holdout and isinstance(module.post_processor, STPMPostProcessor):  # until the run is complete
-            scored = (module.model.score(levels, size) for levels, size in kept)
+        if not module.holdout:
+            return
+        self._set_ordinary(module, kept, self._run_images.held)
+        if isinstance(module.post_processor, STPMPostProcessor):  # until the run is complete
+            scored = (module.model.score(*matched) for matched in kept)
             module.post_processor.set_from_normal_images(*gathered(module, of_held_out(scored), self._run_images.held))
 
     def complete(self, module: STPM) -> None:
@@ -175,11 +178,18 @@ class WeightSelection(Callback):
         if module.holdout and not is_last_pass(module.trainer):
             return
         self._use_chosen(module)
+        if not module.holdout and module.model.usual_places is not None:
+            self._set_ordinary(module, score(module, images.training())[1], images.trained)
         self._calibrated = chosen
         if module.post_processor is not None:
             held_out = gathered(module, of_held_out(predicted(module, images.held_out())), images.held)
             calibrate(module.post_processor, held_out, scored_validation(module, images.source))
         self._use_training(module)
+
+    @staticmethod
+    def _set_ordinary(module: STPM, matched: list[Matched], count: int) -> None:
+        if module.model.usual_places is not None:
+            module.model.usual_places.ordinary.copy_(ordinary_score(module, matched, count))
 
     @property
     def _run_images(self) -> NormalImages:

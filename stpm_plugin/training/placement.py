@@ -1,0 +1,149 @@
+"""Whether the parts of the training images lie alike, and what is usual at each place if they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from ..errors import STPMError
+from ..model.usual_places import UsualPlaces, smoothed
+
+if TYPE_CHECKING:
+    from .lightning_model import STPM
+    from .normal_images import NormalImages
+
+ALIGNED = 0.5  # of the features' variance goes with the position: parts lie alike (benchmarks/results/places.md)
+FEWEST = 16  # images: of fewer, chance looks like alignment
+FLOOR = 0.1  # of the mean variance, added to each: no channel is so still that a trifle counts
+QUANTILE = 0.75  # of the good images' most odd places: three of four good images are raised nowhere
+
+Features = Callable[[], Iterator[Tensor]]  # the deepest level's unit vectors of all training images, (B, C, h, w) each
+
+
+def learn(module: STPM, images: NormalImages) -> UsualPlaces | None:
+    """Learn what is usual at each place, from a run's training images.
+
+    Args:
+        module: The model; its ``aligned`` says whether parts lie alike, or ``None`` that the images say so.
+        images: The run's images.
+
+    Returns:
+        What raises anomaly maps, on the model's device; ``None`` where parts do not lie alike.
+
+    Raises:
+        STPMError: ``aligned`` is stated, and there are too few images or they have no size of their own.
+    """
+    if module.aligned is False:
+        return None
+    if module.network_size is None:
+        _refuse_if_stated(module, "images are not resized to one size: set image_size")
+        return None
+
+    def features() -> Iterator[Tensor]:
+        return (teacher[-1].float() for _, teacher in images.training())
+
+    count, mean, variance = moments(features, module)
+    if count < FEWEST:
+        _refuse_if_stated(module, f"{count} training images are too few to know a place: give {FEWEST} or more")
+        return None
+    share = alignment(mean, variance)
+    aligned = module.aligned or share > ALIGNED
+    word = "the parts lie alike" if share > ALIGNED else "the parts do not lie alike"
+    does = "what is missing or misplaced counts" if aligned else "their places do not count"
+    rank_zero_info(f"STPM: {word} ({share:.0%} of the features' variance goes with the position): {does}.")
+    if not aligned:
+        return None
+    maxima = torch.cat([left_out(one, count, mean, variance).flatten(1).amax(1) for one in features()])
+    return usual(mean, variance, _everywhere(maxima, module))
+
+
+def usual(mean: Tensor, variance: Tensor, maxima: Tensor) -> UsualPlaces:
+    """What is usual, of what is known of the training images.
+
+    Args:
+        mean: Of their unit vectors, at each position (C, h, w).
+        variance: Of each channel, at each position (C, h, w).
+        maxima: Oddness of each image's most odd place against the other images (N,).
+
+    Returns:
+        On the mean's device; its ordinary score is still to be set.
+    """
+    places = UsualPlaces(cast("tuple[int, int, int]", tuple(mean.shape))).to(mean.device)
+    places.mean.copy_(mean)
+    places.variance.copy_(variance + FLOOR * variance.mean())
+    places.limit.copy_(maxima.quantile(QUANTILE))
+    return places
+
+
+def alignment(mean: Tensor, variance: Tensor) -> float:
+    """Share of the unit vectors' variance over images and positions that goes with the position, in [0, 1].
+
+    Args:
+        mean: Of the images, at each position (C, h, w).
+        variance: Of each channel over the images, at each position (C, h, w).
+    """
+    within = variance.sum(0).mean()
+    between = (mean - mean.mean(dim=(1, 2), keepdim=True)).square().sum(0).mean()
+    return float(between / (between + within).clamp(min=torch.finfo().tiny))
+
+
+def left_out(features: Tensor, count: int, mean: Tensor, variance: Tensor) -> Tensor:
+    """Oddness of training images, each against the others alone, in closed form.
+
+    Args:
+        features: Unit vectors of some of them (B, C, h, w).
+        count: Number of all of them, N.
+        mean: Of all (C, h, w).
+        variance: Of all, over N - 1 (C, h, w).
+
+    Returns:
+        As :meth:`UsualPlaces.oddness` gives it (B, 1, h, w).
+    """
+    squares = (features - mean).square() * (count / (count - 1))
+    others = ((count - 1) * variance - squares) / (count - 2)  # variance of the others
+    deviation = squares * (count / (count - 1))  # from the others' mean
+    return smoothed((deviation / (others + FLOOR * variance.mean())).mean(dim=1, keepdim=True))
+
+
+def moments(features: Features, module: STPM) -> tuple[int, Tensor, Tensor]:
+    """Number, mean (C, h, w) and unbiased variance (C, h, w) of the unit vectors of all processes' images."""
+    count, total, squares = 0, None, None
+    for one in features():
+        part = one.double()
+        if total is None or squares is None:
+            total, squares = torch.zeros_like(part[0]), torch.zeros_like(part[0])
+        count += len(part)
+        total += part.sum(0)
+        squares += part.square().sum(0)
+    if total is None or squares is None:
+        return 0, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
+    counted = torch.tensor(float(count), device=total.device)
+    counted, total, squares = (_summed(one, module) for one in (counted, total, squares))
+    count = int(counted)
+    mean = total / count
+    variance = ((squares - count * mean.square()) / max(count - 1, 1)).clamp(min=0)
+    return count, mean.float(), variance.float()
+
+
+def _summed(value: Tensor, module: STPM) -> Tensor:
+    return cast("Tensor", module.trainer.strategy.reduce(value, reduce_op="sum"))
+
+
+def _everywhere(values: Tensor, module: STPM) -> Tensor:
+    """One process's values (N,) joined with the others', which have as many."""
+    return cast("Tensor", module.all_gather(values)).flatten()
+
+
+def _refuse_if_stated(module: STPM, why: str) -> None:
+    """Refuse ``aligned=True`` where it cannot be done.
+
+    Raises:
+        STPMError: It was stated.
+    """
+    if module.aligned:
+        msg = f"aligned=True was stated, but {why}, or leave aligned out."
+        raise STPMError(msg)

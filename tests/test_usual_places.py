@@ -1,0 +1,133 @@
+"""What is usual at each place: by hand, against its plain form, and through training, checkpoints and exports."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data.utils import read_image
+from conftest import TINY, fit
+from torch.nn import functional as F
+
+from stpm_plugin import STPM, DemoData
+from stpm_plugin.deployment.scorer import Scorer
+from stpm_plugin.errors import STPMError
+from stpm_plugin.model.matching import distances
+from stpm_plugin.model.usual_places import REACH, UsualPlaces
+from stpm_plugin.training.placement import FLOOR, alignment, left_out
+
+IMAGES = {**TINY, "train_images": 24}
+
+
+def vectors(count: int, *, channels: int = 4, side: int = 5) -> torch.Tensor:
+    """Unit vectors that scatter around a direction of their own at each position, (count, channels, side, side)."""
+    generator = torch.Generator().manual_seed(0)
+    usual = torch.randn(1, channels, side, side, generator=generator)
+    return F.normalize(usual + 0.3 * torch.randn(count, channels, side, side, generator=generator), dim=1)
+
+
+def test_oddness_and_what_it_raises_by_hand():
+    places = UsualPlaces((1, 1, 1))
+    places.mean.fill_(0.5)
+    places.variance.fill_(0.01)
+    places.limit.fill_(4)
+    places.ordinary.fill_(0.2)
+    features = torch.tensor([0.6, 0.8, 0.8, 0.9]).view(4, 1, 1, 1)  # 1, 9, 9 and 16 variances from the mean
+    torch.testing.assert_close(places.oddness(features).flatten(), torch.tensor([1.0, 9, 9, 16]))
+    anomalies = torch.full((4, 1, 2, 2), 0.1)
+    scores = torch.tensor([0.2, 0.1, 0.4, 0.5])  # raised to 2.25 x 0.2 at most: by 2.25, 4.5, 1.125, and not at all
+    raised = places(anomalies, scores, features)[:, 0, 0, 0]
+    torch.testing.assert_close(raised, 0.1 * torch.tensor([1.0, 9 / 4, REACH * 0.2 / 0.4, 1.0]))
+
+
+def test_odd_places_are_means_over_three_by_three():
+    places = UsualPlaces((1, 4, 4))
+    features = torch.zeros(1, 1, 4, 4)
+    features[..., 0, 0] = 3.0  # nine variances
+    odd = places.oddness(features)[0, 0]
+    assert odd[0, 0].item() == pytest.approx(9 / 4)  # a corner has four neighbours, itself among them
+    assert odd[1, 1].item() == pytest.approx(1)
+    assert odd[3, 3].item() == 0
+
+
+def test_left_out_is_each_image_against_the_others():
+    every = vectors(7)
+    mean, variance = every.mean(0), every.var(0)
+    found = left_out(every, len(every), mean, variance)
+    for place, image in enumerate(every):
+        others = torch.cat([every[:place], every[place + 1 :]])
+        plain = UsualPlaces(tuple(mean.shape))
+        plain.mean.copy_(others.mean(0))
+        plain.variance.copy_(others.var(0) + FLOOR * variance.mean())
+        torch.testing.assert_close(found[place], plain.oddness(image[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_alignment_by_hand_and_of_what_lies_anyhow():
+    mean = torch.tensor([[[0.0, 1.0]]])  # two positions, 0.5 from their mean
+    assert alignment(mean, torch.full((1, 1, 2), 0.25)) == pytest.approx(0.5)  # as much within as between
+    assert alignment(mean, torch.zeros(1, 1, 2)) == 1
+    alike = vectors(60)
+    assert alignment(alike.mean(0), alike.var(0)) > 0.7
+    anyhow = torch.stack([one.flatten(1)[:, torch.randperm(25)].view(4, 5, 5) for one in alike])
+    assert alignment(anyhow.mean(0), anyhow.var(0)) < 0.1
+
+
+@pytest.fixture(scope="module")
+def aligned(demo_root, tmp_path_factory):
+    """A model of drawn plates, which all lie alike, and its checkpoint."""
+    root = tmp_path_factory.mktemp("aligned")
+    engine, model = fit(DemoData(root=root, **IMAGES), root, 2, visualizer=False, aligned=True)
+    return model, engine.best_model_path
+
+
+def test_every_route_knows_the_usual_places(aligned, tmp_path):
+    model, checkpoint = aligned
+    places = model.model.usual_places
+    assert places.mean.shape == (256, 4, 4)
+    assert 0 < places.ordinary < 1 < places.limit
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    made = model.eval()(images)
+    loaded, bare = STPM.load_from_checkpoint(checkpoint).eval(), STPM(visualizer=False)
+    bare.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    for other in (loaded, bare.eval()):
+        assert torch.equal(other(images).pred_score, made.pred_score)
+    scorer = Scorer(loaded.to_openvino(tmp_path))
+    arrays = (255 * images).byte().permute(0, 2, 3, 1).numpy()
+    exact = model((torch.from_numpy(arrays).float() / 255).permute(0, 3, 1, 2)).pred_score.tolist()
+    found = [one.score for one in scorer.score_arrays([(str(n), one) for n, one in enumerate(arrays)], "RGB")]
+    assert found == pytest.approx(exact, abs=1e-4)
+
+
+def test_a_part_in_the_wrong_place_is_raised(aligned):
+    """A good plate upside down is made of good surroundings, but its places are not usual."""
+    model, root = aligned[0], Path(aligned[1]).parents[6]
+    paths = sorted(root.glob("plate-*/train/good/*.png"))[:6]
+    good = torch.stack([read_image(path, as_tensor=True) for path in paths])
+    for images, raised in ((good, False), (good.flip(2), True)):
+        ready = model.pre_processor(images)
+        with torch.inference_mode():
+            teacher = model.model.teach(ready)
+            levels = distances(teacher, model.model.study(ready))
+            grown = (
+                model.model.score(levels, (64, 64), teacher[-1]).anomaly_map
+                / model.model.score(levels, (64, 64)).anomaly_map
+            )
+        assert grown.min() >= 1 - 1e-6
+        assert (grown.amax((1, 2, 3)).median() > 1.2) == raised
+
+
+def test_few_images_know_no_place_and_say_so(demo, tmp_path, caplog):
+    _, model = fit(demo, tmp_path, 1)
+    assert model.model.usual_places is None
+    with pytest.raises(
+        STPMError, match=r"aligned=True was stated, but 8 training images are too few .* or leave aligned"
+    ):
+        fit(demo, tmp_path, 1, aligned=True)
+
+
+def test_it_can_be_left_out(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    data = DemoData(root=tmp_path, **IMAGES)
+    _, model = fit(data, tmp_path, 1, aligned=False)
+    assert model.model.usual_places is None
+    assert "lie alike" not in caplog.text
