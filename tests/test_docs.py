@@ -17,7 +17,7 @@ from stpm_plugin.commands.entry import main as stpm
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 INSTALLS = "pip "  # the README's first screen: tried on a fresh machine, the second of the two by CI
-TESTED_ELSEWHERE = "--trainer.strategy ddp"  # by test_many_processes.py, and for long
+TESTED_ELSEWHERE = ("--trainer.strategy ddp", "--ray local")  # by test_many_processes.py and test_cluster.py, for long
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -25,7 +25,7 @@ def commands(page: Path) -> list[str]:
     """The lines of a page's shell blocks that need no more than this machine has."""
     lines = [line for block in BLOCK.findall(page.read_text()) for line in block.splitlines()]
     lines = [line for line in lines if "# needs" not in line and not line.startswith(INSTALLS)]
-    return [line.split("  #")[0].strip() for line in lines if TESTED_ELSEWHERE not in line]
+    return [line.split("  #")[0].strip() for line in lines if not any(option in line for option in TESTED_ELSEWHERE)]
 
 
 #: Each once, whatever the number of pages that name it.

@@ -171,7 +171,8 @@ def test_weights_in_the_cache_are_taken_without_asking_the_hub(tmp_path, monkeyp
 
 @pytest.mark.parametrize("status", [200, 404])
 def test_a_hub_that_answers_is_reachable(status, monkeypatch):
-    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from http.server import BaseHTTPRequestHandler
+    from socketserver import TCPServer  # an HTTPServer looks its own name up, for seconds
     from threading import Thread
 
     from stpm_plugin.model import teacher_weights
@@ -185,8 +186,8 @@ def test_a_hub_that_answers_is_reachable(status, monkeypatch):
             pass
 
     monkeypatch.setattr(teacher_weights.constants, "HF_HUB_OFFLINE", False)
-    with HTTPServer(("127.0.0.1", 0), Answer) as server:
-        monkeypatch.setattr(teacher_weights.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    with TCPServer(("127.0.0.1", 0), Answer) as server:
+        monkeypatch.setattr(teacher_weights.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
         Thread(target=server.handle_request, daemon=True).start()
         assert teacher_weights.hub_reachable()
     assert not teacher_weights.hub_reachable()  # refused at once: nobody listens any more

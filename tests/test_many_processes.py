@@ -55,7 +55,7 @@ def test_two_processes_train_one_model_as_well_as_one_process(root, tmp_path):
     results, models = [], []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        code, output = started(command(root, folder, processes, 12), anew=processes > 1)
+        code, output = started(command(root, folder, processes, 8), anew=processes > 1)
         assert code == 0, output[-4000:]
         results.append(pd.concat(map(pd.read_csv, folder.rglob("metrics.csv"))))
         models.append(STPM.load_from_checkpoint(next(folder.rglob("model.ckpt"))))

@@ -229,8 +229,9 @@ class Scorer:
         verdict = self.verdict
         assert verdict is not None  # noqa: S101  # for the type checker
         if self.ignored is not None and anomaly_map is not None:
-            anomaly_map[shrunk(self.ignored, anomaly_map.shape)] = 0
-            raw = np.float32(verdict.image_score(anomaly_map))
+            ignored = shrunk(self.ignored, anomaly_map.shape)
+            raw = np.float32(verdict.image_score(anomaly_map, ignored))
+            anomaly_map[ignored] = 0
         limit = verdict.image.limit if verdict.normalize else np.float32(verdict.image.raw_limit)
         score = verdict.image.normalize(raw) if verdict.normalize else raw
         known = verdict.label and not math.isnan(verdict.image.threshold)

@@ -144,16 +144,25 @@ class Verdict:
             return None
         return 100 * float(np.searchsorted(self.held_out_scores, raw)) / len(self.held_out_scores)
 
-    def image_score(self, anomaly_map: np.ndarray) -> float:
-        """Raw image score of a raw anomaly map (h, w): :func:`stpm_plugin.model.matching.image_score` in NumPy."""
+    def image_score(self, anomaly_map: np.ndarray, ignored: np.ndarray | None = None) -> float:
+        """Raw image score of a raw anomaly map (h, w): :func:`stpm_plugin.model.matching.image_score` in NumPy.
+
+        Where ``ignored`` (h, w) is true the map counts as empty, but for the mean that the most anomalous part is
+        compared with, so that ignoring raises no score.
+        """
+        counted = anomaly_map if ignored is None else np.where(ignored, 0, anomaly_map)
         if not self.score_share:
-            return float(anomaly_map.max())
-        side = min(self.stride, *anomaly_map.shape)
-        rows, columns = (length // side for length in anomaly_map.shape)
-        blocks = anomaly_map[: rows * side, : columns * side].reshape(rows, side, columns, side).mean((1, 3)).ravel()
+            return float(counted.max())
+        blocks = self._blocks(counted)
         count = max(1, len(blocks) * round(self.score_share * 1e6) // 10**6)
         part = np.sort(blocks)[-count:].mean()
-        return float(part / np.sqrt(max(blocks.mean(), MIN_MEAN)) if self.stands_out else part)
+        return float(part / np.sqrt(max(self._blocks(anomaly_map).mean(), MIN_MEAN)) if self.stands_out else part)
+
+    def _blocks(self, anomaly_map: np.ndarray) -> np.ndarray:
+        """A map's means over squares of ``stride`` pixels, flat."""
+        side = min(self.stride, *anomaly_map.shape)
+        rows, columns = (length // side for length in anomaly_map.shape)
+        return anomaly_map[: rows * side, : columns * side].reshape(rows, side, columns, side).mean((1, 3)).ravel()
 
     def append_to(self, model: ov.Model, score: ov.Output, anomaly_map: ov.Output) -> ov.Model:
         """Append itself to a graph, and describe itself there.

@@ -43,13 +43,16 @@ def learn(module: STPM, images: NormalImages) -> UsualPlaces | None:
         _refuse_if_stated(module, "images are not resized to one size: set image_size")
         return None
 
+    if images.trained < FEWEST:
+        _refuse_if_stated(
+            module, f"{images.trained} training images are too few to know a place: give {FEWEST} or more"
+        )
+        return None
+
     def features() -> Iterator[Tensor]:
         return (teacher[-1].float() for _, teacher in images.training())
 
     count, mean, variance = moments(features, module)
-    if count < FEWEST:
-        _refuse_if_stated(module, f"{count} training images are too few to know a place: give {FEWEST} or more")
-        return None
     share = alignment(mean, variance)
     aligned = module.aligned or share > ALIGNED
     word = "the parts lie alike" if share > ALIGNED else "the parts do not lie alike"
@@ -111,22 +114,14 @@ def left_out(features: Tensor, count: int, mean: Tensor, variance: Tensor) -> Te
 
 def moments(features: Features, module: STPM) -> tuple[int, Tensor, Tensor]:
     """Number, mean (C, h, w) and unbiased variance (C, h, w) of the unit vectors of all processes' images."""
-    count, total, squares = 0, None, None
+    count = total = squares = torch.zeros((), dtype=torch.float64, device=module.device)
     for one in features():
         part = one.double()
-        if total is None or squares is None:
-            total, squares = torch.zeros_like(part[0]), torch.zeros_like(part[0])
-        count += len(part)
-        total += part.sum(0)
-        squares += part.square().sum(0)
-    if total is None or squares is None:
-        return 0, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
-    counted = torch.tensor(float(count), device=total.device)
-    counted, total, squares = (_summed(one, module) for one in (counted, total, squares))
-    count = int(counted)
+        count, total, squares = count + len(part), total + part.sum(0), squares + part.square().sum(0)
+    count, total, squares = (_summed(value, module) for value in (count, total, squares))
     mean = total / count
-    variance = ((squares - count * mean.square()) / max(count - 1, 1)).clamp(min=0)
-    return count, mean.float(), variance.float()
+    variance = ((squares - count * mean.square()) / (count - 1)).clamp(min=0)
+    return int(count), mean.float(), variance.float()
 
 
 def _summed(value: Tensor, module: STPM) -> Tensor:
