@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ from benchmarks.students import SIZE
 from stpm_plugin.model.matching import anomaly_map
 
 RESULTS = Path(__file__).parent / "results" / "heads.json"
+SEEDS = 3  # of all categories: with fewer nothing is chosen
 Levels = list[Tensor]
 Found = dict[tuple[str, str], list[float]]  # metrics by category and seed
 
@@ -226,7 +228,9 @@ def section(metrics: str, found: dict[str, Found]) -> tuple[str, str]:
         wins = gain > 2 * error and least > 0
         lines.append(f"| {name} | {' | '.join(cells)} | {gain:+.4f} ± {error:.4f} | {least:+.4f} |")
         chosen = name if wins else chosen
-    return "\n".join(lines) + f"\n\nBy the rule: {chosen}. Gains are over the one chosen so far.", chosen
+    said = f"By the rule: {chosen}. Gains are over the one chosen so far, means over what is kept; their error is "
+    said += f"infinite until {SEEDS} seeds of all categories are."
+    return "\n".join([*lines, "", said]), chosen
 
 
 def columns(values: Found) -> range:
@@ -244,8 +248,9 @@ def gains(new: Found, old: Found) -> tuple[float, float, float]:
     gain = {key: statistics.mean(new[key]) - statistics.mean(old[key]) for key in new}
     categories, seeds = ({key[at] for key in gain} for at in (0, 1))
     by_category = {c: statistics.mean(g for key, g in gain.items() if key[0] == c) for c in categories}
-    by_seed = [statistics.mean(g for key, g in gain.items() if key[1] == s) for s in seeds]
-    error = statistics.stdev(by_seed) / len(by_seed) ** 0.5 if len(by_seed) > 1 else 0.0
+    whole = [seed for seed in seeds if all((category, seed) in gain for category in categories)]
+    by_seed = [statistics.mean(gain[category, seed] for category in categories) for seed in whole]
+    error = statistics.stdev(by_seed) / len(by_seed) ** 0.5 if len(by_seed) >= SEEDS else math.inf
     left = [statistics.mean(g for c, g in by_category.items() if c != out) for out in categories if len(categories) > 1]
     return statistics.mean(by_category.values()), error, min(left, default=0.0)
 
