@@ -14,7 +14,7 @@ from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.errors import STPMError
 from stpm_plugin.model.matching import distances
 from stpm_plugin.model.usual_places import REACH, UsualPlaces
-from stpm_plugin.training.placement import FLOOR, alignment, left_out
+from stpm_plugin.training.placement import FLOOR, alignment, left_out, usual
 
 IMAGES = {**TINY, "train_images": 24}
 
@@ -60,6 +60,17 @@ def test_left_out_is_each_image_against_the_others():
         plain.mean.copy_(others.mean(0))
         plain.variance.copy_(others.var(0) + FLOOR * variance.mean())
         torch.testing.assert_close(found[place], plain.oddness(image[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_images_that_are_all_the_same_raise_nothing_of_themselves():
+    every = vectors(1).repeat(20, 1, 1, 1)
+    mean, variance = every.mean(0), every.var(0)
+    places = usual(mean, variance, left_out(every, 20, mean, variance).flatten(1).amax(1))
+    assert places.limit == 1
+    same = places(torch.ones(1, 1, 8, 8), torch.ones(1), every[:1])
+    other = places(torch.ones(1, 1, 8, 8), torch.ones(1), -every[:1])
+    assert torch.equal(same, torch.ones(1, 1, 8, 8))
+    torch.testing.assert_close(other, torch.full((1, 1, 8, 8), REACH))
 
 
 def test_alignment_by_hand_and_of_what_lies_anyhow():

@@ -87,9 +87,9 @@ def anomaly_map(levels: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 def image_score(anomalies: Tensor, share: float, stride: int) -> Tensor:
     """Image scores (B,) of anomaly maps (B, 1, H, W): the maximum, or how far the most anomalous part stands out.
 
-    The latter is the geometric mean of two numbers: the part's mean distance, and that over the whole map's mean. An
-    image on which all matches a little worse than usual, by its light or its turn, is so no more anomalous than one
-    with a real defect on a calm map; an image on which nothing matches still is.
+    The latter is the geometric mean of two numbers: the part's mean distance, and its ratio to the whole map's mean.
+    An image that matches a little worse everywhere, because of its light or its angle, then scores below one with a
+    defect on a calm map. An image on which nothing matches still scores high.
 
     Args:
         anomalies: Anomaly maps.

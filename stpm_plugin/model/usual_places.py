@@ -1,9 +1,9 @@
 """What the teacher usually sees at each place, for parts that lie alike in all images.
 
 A student sees a small surrounding, and to it an empty place looks like any other empty place: what is missing, turned
-or in the wrong spot is STPM's known weakness. The teacher's features of the training images say for nothing what is
-usual *here*: a mean and a variance for each channel and position of the deepest level, as PaDiM keeps them (Defard et
-al., arXiv 2011.08785), without its covariances.
+or in the wrong spot is STPM's known weakness. The teacher's features of the training images, which training has
+anyway, tell what is usual *here*: a mean and a variance for each channel and position of the deepest level, as PaDiM
+keeps them (Defard et al., arXiv 2011.08785), without its covariances.
 """
 
 from __future__ import annotations

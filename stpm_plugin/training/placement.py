@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 ALIGNED = 0.5  # of the features' variance goes with the position: parts lie alike (benchmarks/results/places.md)
 FEWEST = 16  # images: of fewer, chance looks like alignment
-FLOOR = 0.1  # of the mean variance, added to each: no channel is so still that a trifle counts
+FLOOR = 0.1  # of the mean variance, added to each: in a channel that hardly varies a trifle must not count
+STILL = 1e-6  # least mean variance, of images that are all the same
 QUANTILE = 0.75  # of the good images' most odd places: three of four good images are raised nowhere
 
 Features = Callable[[], Iterator[Tensor]]  # the deepest level's unit vectors of all training images, (B, C, h, w) each
@@ -77,8 +78,8 @@ def usual(mean: Tensor, variance: Tensor, maxima: Tensor) -> UsualPlaces:
     """
     places = UsualPlaces(cast("tuple[int, int, int]", tuple(mean.shape))).to(mean.device)
     places.mean.copy_(mean)
-    places.variance.copy_(variance + FLOOR * variance.mean())
-    places.limit.copy_(maxima.quantile(QUANTILE))
+    places.variance.copy_(variance + floor(variance))
+    places.limit.copy_(maxima.quantile(QUANTILE).clamp(min=1))  # a deviation of one variance is never odd
     return places
 
 
@@ -109,23 +110,30 @@ def left_out(features: Tensor, count: int, mean: Tensor, variance: Tensor) -> Te
     squares = (features - mean).square() * (count / (count - 1))
     others = ((count - 1) * variance - squares) / (count - 2)  # variance of the others
     deviation = squares * (count / (count - 1))  # from the others' mean
-    return smoothed((deviation / (others + FLOOR * variance.mean())).mean(dim=1, keepdim=True))
+    return smoothed((deviation / (others.clamp(min=0) + floor(variance))).mean(dim=1, keepdim=True))
+
+
+def floor(variance: Tensor) -> Tensor:
+    """What is added to each variance (C, h, w), a scalar."""
+    return FLOOR * variance.mean().clamp(min=STILL)
 
 
 def moments(features: Features, module: STPM) -> tuple[int, Tensor, Tensor]:
     """Number, mean (C, h, w) and unbiased variance (C, h, w) of the unit vectors of all processes' images."""
-    count = total = squares = torch.zeros((), dtype=torch.float64, device=module.device)
+    count = total = squares = torch.zeros((), dtype=torch.float64)  # on the CPU: not every device has it
     for one in features():
-        part = one.double()
+        part = one.cpu().double()
         count, total, squares = count + len(part), total + part.sum(0), squares + part.square().sum(0)
     count, total, squares = (_summed(value, module) for value in (count, total, squares))
     mean = total / count
     variance = ((squares - count * mean.square()) / (count - 1)).clamp(min=0)
-    return int(count), mean.float(), variance.float()
+    return int(count), mean.float().to(module.device), variance.float().to(module.device)
 
 
 def _summed(value: Tensor, module: STPM) -> Tensor:
-    return cast("Tensor", module.trainer.strategy.reduce(value, reduce_op="sum"))
+    if module.trainer.world_size == 1:
+        return value
+    return cast("Tensor", module.trainer.strategy.reduce(value.to(module.device), reduce_op="sum")).cpu()
 
 
 def _everywhere(values: Tensor, module: STPM) -> Tensor:
