@@ -66,12 +66,12 @@ def deepest(category: Path, teacher: Path) -> list[Tensor]:
 
 def measure(student: dict[str, Any], training: Tensor, test: Tensor, share: float) -> dict[str, Any]:
     """Image AUROC, pixel AUROC and PRO, each way."""
-    held = hold_out(len(training), student.get("holdout", 0.05), int(student["seed"]))
+    held = hold_out(len(training), student["holdout"], int(student["seed"]))
     trained = training[sorted(set(range(len(training))) - set(held))]
     mean, variance = trained.mean(0), trained.var(0)
     maxima = left_out(trained, len(trained), mean, variance).flatten(1).amax(1)
     places = usual(mean, variance, maxima)
-    stride = student.get("strides", [4])[0]
+    stride = student["strides"][0]
     good, maps = (anomaly_map(student[part], SIZE) for part in ("good", "test"))
     places.ordinary.copy_(image_score(good, share, stride).median())
     raised = places(maps, image_score(maps, share, stride), test)

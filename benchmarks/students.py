@@ -36,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "4 passes": {"epochs": 4},
     "16 passes": {"epochs": 16},
+    "a fifth held out": {"holdout": 0.2},
     "all positions": {"hard_share": 1.0},
     "lite0": LITE0,
 }
@@ -86,6 +87,7 @@ def train(category: Path, teacher: Path, seed: int, recipe: dict[str, Any]) -> d
         "masks": torch.stack(masks),
         "labels": torch.stack([item.gt_label.reshape(()) for item in data.test_data]).bool(),
         "names": [f"{Path(p).parent.name}/{Path(p).name}" for p in data.test_data.samples.image_path],
+        "holdout": model.holdout,
         "strides": model.model.teacher.strides,
     }
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from anomalib.data.utils import read_image
 from conftest import TINY, fit
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch.nn import functional as F
 
 from stpm_plugin import STPM, DemoData
@@ -127,7 +128,7 @@ def test_a_part_in_the_wrong_place_is_raised(aligned):
         assert (grown.amax((1, 2, 3)).median() > 1.2) == raised
 
 
-def test_few_images_know_no_place_and_say_so(demo, tmp_path, caplog):
+def test_few_images_know_no_place_and_say_so(demo, tmp_path):
     _, model = fit(demo, tmp_path, 1)
     assert model.model.usual_places is None
     with pytest.raises(
@@ -142,3 +143,12 @@ def test_it_can_be_left_out(tmp_path, caplog):
     _, model = fit(data, tmp_path, 1, aligned=False)
     assert model.model.usual_places is None
     assert "lie alike" not in caplog.text
+
+
+def test_a_rate_finder_which_restores_the_model_leaves_them(tmp_path):
+    finder = LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    data = DemoData(root=tmp_path, **IMAGES)
+    _, model = fit(data, tmp_path, 1, aligned=True, visualizer=False, trainer={"callbacks": [finder]})
+    assert model.model.usual_places.limit > 0
+    assert 0 < model.model.usual_places.ordinary < 1
+    assert model.model.usual_places.mean.norm() > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import STPMError
 from ..model.matching import matching_loss
+from ..model.usual_places import UsualPlaces
 from .data import Split, TrainingBatches, augments, check_normal, hold_out, images_of, read, share_out, sizes_differ
 from .data_record import DataRecord, identify, paths_of
 from .feature_cache import FeatureCache, open_cache
@@ -83,7 +85,7 @@ class NormalImages:
         self.module.ready_teacher()  # each time: a learning-rate finder restores the model between two calls
         if self._batches is None:
             self._batches = self._open()
-            self._learn_places()
+        self._use_places()  # likewise
         self._batches.batch_size = self._batch_size  # a batch-size finder changes it between two calls
         self.module.data_record = self._record
         return self._batches
@@ -119,12 +121,16 @@ class NormalImages:
         self._cache = self._keep([*self._split.train, *self._split.holdout]) if self._may_keep() else None
         return TrainingBatches(loader, self._split.train, self._batch_size, record.seed, self._cache)
 
-    def _learn_places(self) -> None:
-        """Learn what is usual at each place; what a resumed run has chosen was scored with its own ordinary score."""
-        model = self.module.model
-        before, model.usual_places = model.usual_places, learn(self.module, self)
-        if before is not None and model.usual_places is not None:
-            model.usual_places.ordinary.copy_(before.ordinary)
+    @functools.cached_property
+    def _places(self) -> UsualPlaces | None:
+        """What is usual at each place of the training images."""
+        return learn(self.module, self)
+
+    def _use_places(self) -> None:
+        """Give them to the model; what a resumed run has chosen was scored with its own ordinary score."""
+        before, self.module.model.usual_places = self.module.model.usual_places, self._places
+        if before is not None and self._places is not None:
+            self._places.ordinary.copy_(before.ordinary)
 
     def _hold_out(self, before: DataRecord | None) -> DataRecord:
         """Identify the images and hold some out: those of the checkpoint's run, and a share of the images it lacked."""
