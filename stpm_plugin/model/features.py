@@ -5,7 +5,8 @@ A pyramid is any timm model that offers ``features_only``, cut after its last us
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import STPMError
 
+STRIDES = (4, 8, 16)  # of the paper's layers, those of ResNet-18's layer1 to layer3
+
 
 class FeaturePyramid(nn.Module):
     """The chosen layers' features of a randomly initialised timm backbone.
@@ -21,7 +24,8 @@ class FeaturePyramid(nn.Module):
     Args:
         backbone: timm model name, with or without its weights' tag (``resnet18.tv_in1k``).
         layers: timm's names of the layers (``layer1``) or their indices among the backbone's feature
-            levels (for ResNet ``0`` is the stem, ``1`` is ``layer1``), from shallow to deep.
+            levels (for ResNet ``0`` is the stem, ``1`` is ``layer1``), from shallow to deep; ``None`` for those of
+            :data:`STRIDES`.
 
     Attributes:
         layers: Names of the chosen layers.
@@ -30,16 +34,20 @@ class FeaturePyramid(nn.Module):
 
     Raises:
         STPMError: The backbone is unknown to timm or has no ``features_only``, or a layer is unknown,
-            named twice or out of order.
+            named twice or out of order, or none is named and one of the strides is not there.
     """
 
     net: nn.Module
 
-    def __init__(self, backbone: str, layers: Sequence[str | int]) -> None:
+    def __init__(self, backbone: str, layers: Sequence[str | int] | None = None) -> None:
         super().__init__()
-        names = [level["module"] for level in _create(backbone).feature_info.info]
+        levels = _levels(backbone)
+        names = [name for name, _ in levels]
+        if layers is None:
+            layers = _usual_layers(backbone, {stride: name for name, stride in levels})
         self.indices = _indices(backbone, layers, names)
         self.net = net = _create(backbone, out_indices=self.indices)
+        _drop_after(net, names[self.indices[-1]])
         info = net.feature_info
         self.layers: list[str] = [names[index] for index in self.indices]
         self.channels: list[int] = info.channels()
@@ -76,7 +84,7 @@ class FrozenPyramid(FeaturePyramid):
     It stays in eval mode, so no BatchNorm statistic moves, and its features carry no gradient.
     """
 
-    def __init__(self, backbone: str, layers: Sequence[str | int]) -> None:
+    def __init__(self, backbone: str, layers: Sequence[str | int] | None = None) -> None:
         super().__init__(backbone, layers)
         self.requires_grad_(False).eval()
 
@@ -106,6 +114,42 @@ def _create(backbone: str, **arguments: Any) -> Any:
             f"choose another backbone, such as resnet18.tv_in1k. timm says: {error}"
         )
         raise STPMError(msg) from error
+
+
+@functools.cache
+def _levels(backbone: str) -> list[tuple[str, int]]:
+    """Names and strides of a backbone's feature levels; random numbers of later do not depend on it."""
+    with torch.random.fork_rng(devices=[]):
+        return [(level["module"], level["reduction"]) for level in _create(backbone).feature_info.info]
+
+
+def _usual_layers(backbone: str, of_stride: Mapping[int, str]) -> list[str]:
+    """The layers of :data:`STRIDES`."""
+    if not of_stride.keys() >= set(STRIDES):
+        listed = ", ".join(f"{name} (stride {stride})" for stride, name in of_stride.items())
+        msg = f"layers is not set, and {backbone} has no layers of strides 4, 8 and 16; it has {listed}: set layers."
+        raise STPMError(msg)
+    return [of_stride[stride] for stride in STRIDES]
+
+
+def _drop_after(net: nn.Module, last: str) -> None:
+    """Drop the stages after the last used layer, which timm keeps and runs in EfficientNet's family.
+
+    Saved states that still have them can be loaded.
+    """
+    parent, _, index = last.rpartition(".")
+    stages = getattr(net, parent, None)
+    if isinstance(stages, nn.Sequential) and index.isdigit():
+        del stages[int(index) + 1 :]
+        stages.register_load_state_dict_pre_hook(_without_dropped)
+
+
+def _without_dropped(stages: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Leave stages out of a state that `stages` no longer has."""
+    kept = dict(stages.named_children())
+    for name in [name for name in state if name.startswith(prefix)]:
+        if name[len(prefix) :].partition(".")[0] not in kept:
+            del state[name]
 
 
 def _indices(backbone: str, layers: Sequence[str | int], names: list[str]) -> tuple[int, ...]:

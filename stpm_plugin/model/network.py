@@ -20,7 +20,7 @@ class STPMModel(nn.Module):
 
     Args:
         backbone: timm model name.
-        layers: Names or indices of the matched layers, from shallow to deep.
+        layers: Names or indices of the matched layers, from shallow to deep; ``None`` for those of strides 4, 8, 16.
         score_share: Share of the anomaly map, its highest values, that the image score is made of
             (:func:`~stpm_plugin.model.matching.image_score`); 0 for the map's maximum.
 
@@ -40,7 +40,7 @@ class STPMModel(nn.Module):
     def __init__(
         self,
         backbone: str = "resnet18.tv_in1k",
-        layers: Sequence[str | int] = ("layer1", "layer2", "layer3"),
+        layers: Sequence[str | int] | None = None,
         score_share: float = 0.0,
     ) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where the teacher's weights come from: timm's hub, a file, or the small teacher inside this package."""
+"""Where the teacher's weights come from: timm's hub, a file, a package, or the small teacher inside this one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import STPMError
+from . import packaged_weights
 from .features import FrozenPyramid
 
 BUILTIN = "builtin"
@@ -33,17 +34,20 @@ def load_teacher(teacher: FrozenPyramid, backbone: str, source: str | None) -> N
     Args:
         teacher: The pyramid to fill, in place.
         backbone: Its timm name, with the tag of the weights to fetch when ``source`` is ``None``.
-        source: ``None`` for timm's pretrained weights from the hub, ``"builtin"`` for the package's own ResNet-18,
-            trained on CIFAR-10, or the path of a ``.safetensors`` or ``.pth`` file of the full network or a part
-            of it, under timm's or torchvision's tensor names.
+        source: ``None`` for timm's pretrained weights from the hub, ``"lite0"`` for EfficientNet-Lite0's from a
+            package (:mod:`.packaged_weights`), ``"builtin"`` for the package's own ResNet-18, trained on CIFAR-10, or
+            the path of a ``.safetensors`` or ``.pth`` file of the full network or a part of it, under timm's or
+            torchvision's tensor names.
 
     Raises:
-        STPMError: The hub cannot be reached, the file is missing or unreadable, it holds code, or it lacks a
-            tensor that a used layer needs. Tensors of later layers and of the classifier may be there or not.
+        STPMError: The hub cannot be reached, the package or file is missing or unreadable, it holds code, or it lacks
+            a tensor that a used layer needs. Tensors of later layers and of the classifier may be there or not.
     """
     if source is None:
         weights = _fetch(backbone, teacher)
         source = f"timm's weights of {backbone}"
+    elif source == packaged_weights.NAME:
+        weights = packaged_weights.read_lite0(backbone)
     else:
         weights = _read(BUILTIN_FILE if source == BUILTIN else Path(source))
     if source == BUILTIN:
@@ -71,7 +75,7 @@ def _fetch(backbone: str, teacher: FrozenPyramid) -> Mapping[str, Tensor]:
     except Exception as error:
         msg = (
             f"the weights of {backbone} could not be fetched from timm's hub ({type(error).__name__}). Without a "
-            "network give teacher_weights the path of a .safetensors or .pth file, or 'builtin' for a trial."
+            "network give teacher_weights the path of a .safetensors or .pth file, 'lite0', or 'builtin' for a trial."
         )
         raise STPMError(msg) from None
     return net.state_dict()
@@ -112,7 +116,7 @@ def hub_reachable() -> bool:
 def _read(path: Path) -> Mapping[str, Tensor]:
     """Read a file of tensors; nothing in it is ever executed."""
     if not path.is_file():
-        msg = f"teacher_weights={str(path)!r} is not a file; give a .safetensors or .pth file, or 'builtin'."
+        msg = f"teacher_weights={str(path)!r} is not a file; give a .safetensors or .pth file, 'lite0' or 'builtin'."
         raise STPMError(msg)
     try:
         if path.suffix == ".safetensors":

