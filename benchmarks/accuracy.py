@@ -2,10 +2,12 @@
 
     python -m benchmarks.accuracy run DIR/screw DIR/bottle --teacher FILE --seeds 0 1 2   # folders in MVTec AD's layout
     python -m benchmarks.accuracy run DIR/* --teacher FILE --ray ADDRESS                  # over a Ray cluster
+    python -m benchmarks.accuracy students                          # STPM's rows from what `places.py` has measured
     python -m benchmarks.accuracy table                                                   # from what is kept
 
-Each run is the real `anomalib train` in a fresh process. Rows are written as they come to `results/accuracy.json`, and
-a run that has one is not repeated. All models get the same weights of torchvision's ResNet-18. anomalib's Stfpm is
+Each run is the real `anomalib train` in a fresh process, but for students that `students.py` trained through the
+Engine, side by side, so that their rows have no times. Rows are written as they come to `results/accuracy.json`, and a
+run that has one is not repeated. All models get the same weights of torchvision's ResNet-18. anomalib's Stfpm is
 given as many passes as `--stfpm-passes` says, since its hundred take hours.
 """
 
@@ -23,11 +25,18 @@ from typing import Any
 
 from rich.progress import Progress
 
+from benchmarks import places
 from benchmarks.environment import environment
 from benchmarks.training_speed import OTHERS, train
+from stpm_plugin.training.placement import ALIGNED
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("STPM", "STPM, paper", *OTHERS)
+STUDENTS = {  # recipes of `students.py`
+    "default": "STPM",
+    "lite0": "STPM, lite0",
+    "default mixed": "STPM, one student of all six",
+}
 METRICS = {
     "image_AUROC": "image AUROC",
     "pixel_AUROC": "pixel AUROC",
@@ -40,7 +49,7 @@ METRICS = {
 def main() -> None:
     """Run what is missing, or tabulate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["run", "table"])
+    parser.add_argument("part", choices=["run", "students", "table"])
     parser.add_argument("categories", nargs="*", type=Path, help="folders in MVTec AD's layout")
     parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
@@ -61,6 +70,8 @@ def main() -> None:
                 file.write_text(json.dumps({**rows(file), key: row}, indent=1))
                 progress.update(task, advance=1, description=key)
                 progress.console.print(key, json.dumps(row["metrics"]))
+    if args.part == "students":
+        file.write_text(json.dumps({**rows(file), **dict(students())}, indent=1))
     table(rows(file), file)
 
 
@@ -88,6 +99,20 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
                         "seed": seed,
                     },
                 )
+
+
+def students() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a row for each student of a whole recipe that `places.py` has measured, as the plugin scores it."""
+    for key, student in places.rows().items():
+        recipe, category, seed = key.split(", ")
+        if recipe in STUDENTS and seed.isdigit():
+            name = STUDENTS[recipe]
+            aligned = (
+                student["alignment"] > ALIGNED and "mixed" not in recipe
+            )  # parts of several products lie in no one way
+            metrics = student.pop("metrics")["with" if aligned else "without"]
+            row = {"model": name, "name": name, "category": category, "seed": int(seed), "metrics": metrics}
+            yield f"{name}, {category}, seed {seed}", row | student
 
 
 def run(job: dict[str, Any], teacher: Path, checkpoint: Path | None = None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Students of each category and seed, and their distances on whole data sets: what `heads.py` chooses from.
 
     python -m benchmarks.students KEPT DIR/screw DIR/bottle --teacher FILE --recipe default --seeds 0 1 2
+    python -m benchmarks.students KEPT DIR/screw DIR/bottle --teacher FILE --mixed --seeds 0    # one of all categories
 
 Each is a fit by the plugin through anomalib's Engine. KEPT gets, for each, the distances at each level on the held-out
 good images and on the test images, with masks and labels (some megabytes, for no commit); a student that is there is
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable
@@ -46,20 +48,50 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="weights of the recipe's backbone: a file, or lite0")
     parser.add_argument("--recipe", choices=RECIPES, default="default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--mixed", action="store_true", help="one student of all categories, instead of one of each")
     args = parser.parse_args()
     args.kept.mkdir(parents=True, exist_ok=True)
+    groups = [args.categories] if args.mixed else [[category] for category in args.categories]
+    name = f"{args.recipe} mixed" if args.mixed else args.recipe
     for seed in args.seeds:
-        for category in args.categories:
-            file = args.kept / f"{args.recipe}, {category.name}, {seed}.pt"
-            if not file.exists():
-                student = train(category.resolve(), args.teacher, seed, RECIPES[args.recipe])
-                torch.save({"recipe": args.recipe, **student}, file)
-                print(file.stem, json.dumps(student["run"]), flush=True)
+        for group in groups:
+            files = [args.kept / f"{name}, {category.name}, {seed}.pt" for category in group]
+            if all(file.exists() for file in files):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                root = mixed(group, Path(folder)) if args.mixed else group[0].resolve()
+                model, run = train(root, args.teacher, seed, RECIPES[args.recipe])
+                held = [data_of(root).train_data[place].image for place in model.data_record.held_out]
+            good = levels(model, held)
+            for category, file in zip(group, files, strict=True):
+                seen = {"good": good, **look(model, category.resolve())}
+                torch.save({"recipe": name, "seed": seed, "run": run, "holdout": model.holdout, **seen}, file)
+                print(file.stem, json.dumps(run), flush=True)
 
 
-def train(category: Path, teacher: str, seed: int, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Fit once, and look at the good images held out and at the test images."""
+def mixed(categories: list[Path], folder: Path) -> Path:
+    """A category whose training images are those of all, and whose test images are the first one's."""
+    root = folder / "mixed"
+    shutil.copytree(categories[0] / "test", root / "test")
+    shutil.copytree(categories[0] / "ground_truth", root / "ground_truth")
+    (root / "train/good").mkdir(parents=True)
+    for category in categories:
+        for image in sorted((category / "train/good").iterdir()):
+            shutil.copy(image, root / "train/good" / f"{category.name} {image.name}")
+    return root
+
+
+def data_of(category: Path) -> MVTecAD:
+    """A category's images, at hand."""
     data = MVTecAD(root=category.parent, category=category.name, num_workers=1, val_split_mode="none")
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def train(category: Path, teacher: str, seed: int, recipe: dict[str, Any]) -> tuple[STPM, dict[str, Any]]:
+    """Fit once; returns the model, and how it went."""
+    data = data_of(category)
     model = STPM(teacher_weights=teacher, seed=seed, **recipe)
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(
@@ -71,19 +103,20 @@ def train(category: Path, teacher: str, seed: int, recipe: dict[str, Any]) -> di
         begin = time.perf_counter()
         engine.fit(model, datamodule=data)
     run = {"seconds": round(time.perf_counter() - begin), "held_out_score": model.selection.chosen.score}
-    run |= {"steps": engine.trainer.global_step, **environment("python -m benchmarks.students")}
-    held = model.data_record.held_out
+    run["aligned"] = model.model.usual_places is not None
+    return model, run | {"steps": engine.trainer.global_step, **environment("python -m benchmarks.students")}
+
+
+def look(model: STPM, category: Path) -> dict[str, Any]:
+    """What a student makes of a category's test images."""
+    data = data_of(category)
     masks = [F.interpolate(item.gt_mask[None, None].float(), SIZE)[0, 0] > 0 for item in data.test_data]
     return {
         "category": category.name,
-        "seed": seed,
-        "run": run,
-        "good": levels(model, (data.train_data[place].image for place in held)),
         "test": levels(model, (item.image for item in data.test_data)),
         "masks": torch.stack(masks),
         "labels": torch.stack([item.gt_label.reshape(()) for item in data.test_data]).bool(),
         "names": [f"{Path(p).parent.name}/{Path(p).name}" for p in data.test_data.samples.image_path],
-        "holdout": model.holdout,
         "strides": model.model.teacher.strides,
     }
 
