@@ -5,6 +5,7 @@
     python -m benchmarks.inference_speed accuracy --root DIR --work WORK   # of each on the official test split
     python -m benchmarks.inference_speed files --root DIR --work WORK      # 1024 x 1024 PNGs to scores; memory
     python -m benchmarks.inference_speed bound --work WORK                 # where INT8's time goes, beside the peak
+    python -m benchmarks.inference_speed light --root DIR --work WORK --teacher FILE   # ResNet-18 and lite0, in turns
     python -m benchmarks.inference_speed plot                              # redraw and tabulate what is kept
 
 Rows are written to `results/inference_speed.json` as they come. WORK keeps the exported models. STPM's checkpoints are
@@ -75,7 +76,7 @@ OTHERS = {  # their accuracy as trained here: two passes of Stfpm; a hundredth o
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["models", "network", "accuracy", "files", "bound", "plot"])
+    parser.add_argument("part", choices=["models", "network", "accuracy", "files", "bound", "light", "plot"])
     parser.add_argument("--root", type=Path, help="MVTec AD's folder")
     parser.add_argument("--work", type=Path, help="folder of the exported models")
     parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
@@ -96,6 +97,8 @@ def main() -> None:
         files(args)
     elif args.part == "bound":
         save("bound", bound(args.work / "screw-fixed" / VARIANTS["OpenVINO INT8, rest bf16"][0]))
+    elif args.part == "light":
+        save("light", light(args))
     report(rows())
 
 
@@ -232,6 +235,37 @@ def network(folder: Path, data: AnomalibDataModule) -> dict[str, Any]:
             path = folder / file if (folder / file).exists() else Path(str(folder / file).replace("-fixed", ""))
             found[name]["megabytes"] = round((path.stat().st_size + path.with_suffix(".bin").stat().st_size) / 1e6, 1)
     return {"variants": found, "calls": ROUNDS * TIMED}
+
+
+def light(args: argparse.Namespace) -> dict[str, Any]:
+    """Time the light backbone beside ResNet-18, in float and INT8, after a pass over bottle's images."""
+    calls, data = {}, datamodule(args.root, "bottle")
+    backbones = {"resnet18": ("resnet18.tv_in1k", str(args.teacher)), "lite0": ("tf_efficientnet_lite0.in1k", "lite0")}
+    for name, (backbone, teacher) in backbones.items():
+        model = STPM(backbone=backbone, teacher_weights=teacher, epochs=1, min_steps=0, seed=0, visualizer=False)
+        engine = Engine(accelerator="cpu", logger=False, default_root_dir=args.work / name, enable_progress_bar=False)
+        engine.fit(model, datamodule=data)
+        for kind, compression in (("float32", None), ("INT8", "int8_ptq")):
+            path = model.to_openvino(args.work / name, input_size=SIZE, compression_type=compression, datamodule=data)
+            graph = fixed(path)
+            calls[f"{name}, {kind}"] = ov.compile_model(graph, "CPU", {"PERFORMANCE_HINT": "LATENCY", **FLOAT32})
+    image = data.test_data[0].image[None].float()
+    pixels = F.interpolate(image, SIZE, mode="area").numpy()
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            for timed in range(-TIMED // 5, TIMED):
+                start = time.perf_counter()
+                call(pixels)
+                if timed >= 0:
+                    seconds[name].append(1000 * (time.perf_counter() - start))
+    return {
+        "variants": {
+            name: {"p50_ms": round(median(found), 2), "mean_ms": round(mean(found), 2), "sd_ms": round(stdev(found), 2)}
+            for name, found in seconds.items()
+        },
+        "calls": ROUNDS * TIMED,
+    }
 
 
 def throughput(model: ov.Model, options: dict[str, str], images: list[np.ndarray], seconds: float = 6.0) -> float:

@@ -45,9 +45,9 @@ def test_a_question_runs_what_it_lacks_and_keeps_its_rows(tmp_path: Path) -> Non
 
 def test_distances_are_looked_at_before_and_after_passes(demo, tmp_path: Path) -> None:
     """The callback of `match`: a student's distances fall, and shares add up to one."""
-    fit(demo, tmp_path, 2, trainer={"callbacks": [Distances(str(tmp_path / "looks.json"), [2], most=3)]})
+    fit(demo, tmp_path, 8, trainer={"callbacks": [Distances(str(tmp_path / "looks.json"), [8], most=3)]})
     before, after = json.loads((tmp_path / "looks.json").read_text())
-    assert (before["passes"], after["passes"]) == (0, 2)
+    assert (before["passes"], after["passes"]) == (0, 8)
     shares = [torch.tensor(look["shares"]) for look in (before, after)]  # (groups, levels + 1, bins)
     assert shares[0].shape == (4, 4, 120)
     assert torch.allclose(shares[1][0].sum(-1), torch.ones(4), atol=1e-3)

