@@ -37,6 +37,7 @@ STUDENTS = {  # recipes of `students.py`
     "lite0": "STPM, lite0",
     "default mixed": "STPM, one student of all six",
 }
+SIX = ("screw", "bottle", "kolektor_sdd", "grid", "transistor", "toothbrush")
 METRICS = {
     "image_AUROC": "image AUROC",
     "pixel_AUROC": "pixel AUROC",
@@ -161,13 +162,31 @@ def table(kept: dict[str, dict[str, Any]], file: Path) -> None:
         lines.append([category, name, str(len(found)), *cells])
     with file.with_suffix(".csv").open("w", newline="") as opened:
         csv.writer(opened, lineterminator="\n").writerows([columns, *lines])
-    text = "\n".join(" | ".join(["", *line, ""]).strip() for line in [columns, ["---"] * len(columns), *lines])
+    text = "\n\n".join(markdown(one) for one in ([columns, *lines], six(groups)))
     text += "\n\nPatchCore with a coreset of 1 %. No times where other runs were beside."
     text += "".join(dict.fromkeys(f" {row['name']}: {row['note']}." for row in kept.values() if "note" in row))
     file.with_suffix(".md").write_text(text + "\n")
     print(text)
     if groups:
         draw(groups).savefig(file.with_suffix(".png"), dpi=100)
+
+
+def six(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> list[list[str]]:
+    """Each model that has all of `SIX`: mean over them of the means over the seeds, and the lowest of those means."""
+    lines = [["six categories: mean (lowest)", "seeds", *METRICS.values()]]
+    for name in sorted({name for _, name in groups}):
+        found = [groups[category, name] for category in SIX if (category, name) in groups]
+        if len(found) == len(SIX):
+            means = [[mean(row["metrics"][metric] for row in rows) for rows in found] for metric in METRICS]
+            seeds = sorted({len(rows) for rows in found})
+            cells = [f"{mean(values):.4f} ({min(values):.3f})" for values in means]
+            lines.append([name, " to ".join(map(str, seeds[:: max(1, len(seeds) - 1)])), *cells])
+    return lines
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table of a heading and rows."""
+    return "\n".join(" | ".join(["", *line, ""]).strip() for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 
 def spread(values: list[float | None], digits: int) -> str:
