@@ -242,7 +242,7 @@ def light(args: argparse.Namespace) -> dict[str, Any]:
     calls, data = {}, datamodule(args.root, "bottle")
     backbones = {"resnet18": ("resnet18.tv_in1k", str(args.teacher)), "lite0": ("tf_efficientnet_lite0.in1k", "lite0")}
     for name, (backbone, teacher) in backbones.items():
-        model = STPM(backbone=backbone, teacher_weights=teacher, epochs=1, min_steps=0, seed=0, visualizer=False)
+        model = STPM(backbone=backbone, teacher_weights=teacher, epochs=1, steps=None, seed=0, visualizer=False)
         engine = Engine(accelerator="cpu", logger=False, default_root_dir=args.work / name, enable_progress_bar=False)
         engine.fit(model, datamodule=data)
         for kind, compression in (("float32", None), ("INT8", "int8_ptq")):

@@ -162,7 +162,10 @@ def test_a_mistake_is_one_sentence(line, words, place, tmp_path, capsys):
         ([], "the weights of resnet18.tv_in1k could not be fetched from timm's hub"),
         ([*LITTLE, "--trainer.logger", "CSVLogger"], "save_dir"),
         ([*LITTLE, "--model.init_args.layers", "[conv9]"], "has no layer 'conv9'; it has act1 (0), layer1 (1)"),
-        (["--teacher", "lite0", "--model.init_args.layers", "[layer1]", *SMALL], "no layer 'layer1'; it has blocks.0 (0)"),
+        (
+            ["--teacher", "lite0", "--model.init_args.layers", "[layer1]", *SMALL],
+            "no layer 'layer1'; it has blocks.0 (0)",
+        ),
         ([*LITTLE, "--model.init_args.nope", "3"], "nope"),
         (["--teacher", "nope.pth"], "'nope.pth' is not a file"),
     ],

@@ -264,7 +264,7 @@ def test_a_second_interruption_keeps_the_cycle(demo, tmp_path):
 @pytest.mark.parametrize("schedule", ["constant", "one-cycle"])
 def test_own_epochs_bound_a_run_that_names_a_time(schedule, demo, tmp_path):
     engine, model = fit(
-        demo, tmp_path, None, schedule=schedule, epochs=2, min_steps=0, trainer={"max_time": {"minutes": 10}}
+        demo, tmp_path, None, schedule=schedule, epochs=2, steps=None, trainer={"max_time": {"minutes": 10}}
     )
     assert engine.trainer.current_epoch == 2
     assert len(model.selection.scores) == 2
@@ -284,8 +284,8 @@ def test_an_endless_cycle_is_refused(demo, tmp_path):
 
 
 @pytest.mark.parametrize("limits", [{"accumulate_grad_batches": 4}, {"limit_train_batches": 1}])
-def test_min_steps_are_steps_of_the_optimizer(limits, demo, tmp_path):
-    engine, _ = fit(demo, tmp_path, None, epochs=1, min_steps=3, batch_size=2, trainer=limits)
+def test_fewest_steps_are_steps_of_the_optimizer(limits, demo, tmp_path):
+    engine, _ = fit(demo, tmp_path, None, epochs=1, steps=(3, 9), batch_size=2, trainer=limits)
     assert engine.trainer.global_step == engine.trainer.current_epoch == 3
 
 
@@ -398,7 +398,7 @@ def test_weight_averaging_keeps_the_models_epochs(demo, tmp_path):
     """One more pass updates the average's BatchNorm."""
     averaging = StochasticWeightAveraging(swa_lrs=0.05)
     seen = Seen()
-    _, model = fit(demo, tmp_path, None, epochs=3, min_steps=0, trainer={"callbacks": [averaging, seen]})
+    _, model = fit(demo, tmp_path, None, epochs=3, steps=None, trainer={"callbacks": [averaging, seen]})
     assert seen.epochs == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len(model.selection.scores) == 4
 

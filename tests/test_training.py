@@ -19,8 +19,9 @@ from stpm_plugin import STPM, DemoData
 from stpm_plugin.errors import STPMError
 from stpm_plugin.model.features import FrozenPyramid
 from stpm_plugin.training import selection
-from stpm_plugin.training.data import augments, hold_out, share_out
+from stpm_plugin.training.data import augments, draw_places, hold_out, share_out
 from stpm_plugin.training.feature_cache import _place
+from stpm_plugin.training.schedule import passes_within
 from stpm_plugin.training.selection import CHECKPOINT_KEY
 from stpm_plugin.training.thresholds import STPMPostProcessor
 
@@ -270,14 +271,48 @@ def test_quantile_by_hand():
         STPMPostProcessor(normal_quantile=1.0)
 
 
-@pytest.mark.parametrize(("min_steps", "epochs"), [(0, 2), (4, 2), (5, 3)])
-def test_own_epochs_bound_a_run_that_names_none(min_steps, epochs, demo, tmp_path):
+@pytest.mark.parametrize(("steps", "epochs"), [(None, 2), ((4, 9), 2), ((5, 9), 3), ((0, 3), 1), ((3, 3), 2)])
+def test_own_epochs_bound_a_run_that_names_none(steps, epochs, demo, tmp_path):
     """Eight of ten images train, four in a step: two steps an epoch."""
-    _, model = fit(demo, tmp_path, None, schedule="one-cycle", epochs=2, min_steps=min_steps)
+    _, model = fit(demo, tmp_path, None, schedule="one-cycle", epochs=2, steps=steps)
     assert model.trainer.current_epoch == epochs
     assert model.trainer.global_step == 2 * epochs
     assert model.trainer.lr_scheduler_configs[0].scheduler.end == 2 * epochs
     assert model.trainer.progress_bar_metrics["minutes_left"] == 0
+
+
+def test_of_too_many_images_a_part_is_drawn_and_the_others_are_not_read(tmp_path, caplog):
+    """Ten images less two held out are four steps of two; two steps take five images, one of them held out."""
+    data = DemoData(root=tmp_path / "data", **TINY)
+    data.prepare_data()
+    images = sorted((tmp_path / "data").glob("*/train/good/*.png"))
+    drawn = draw_places(10, 5, seed=3)
+    for place in set(range(10)) - set(drawn):
+        images[place].write_bytes(b"no image")
+    budget = {"steps": (0, 2), "batch_size": 2, "seed": 3}
+    with caplog.at_level("INFO"):
+        engine, model = fit(data, tmp_path / "first", None, **budget)
+    assert engine.trainer.global_step == 2
+    assert "one pass over 10 good images would take more steps than `steps` allows: 5 of them are drawn" in caplog.text
+    assert model.data_record.names == [images[place].name for place in drawn]
+    assert len(model.data_record.held_out) == 1
+    _, again = fit(data, tmp_path / "second", None, Path(engine.best_model_path), **budget)
+    assert again.data_record == model.data_record
+    with pytest.raises(STPMError, match="cannot be read"):  # a run that names its length takes all
+        fit(data, tmp_path / "third", 1, **budget)
+
+
+@pytest.mark.parametrize("steps", [(5, 3), (-1, 3), (0, 0), (1,)])
+def test_a_budget_that_no_run_can_keep_to(steps):
+    with pytest.raises(STPMError, match=r"must be the fewest and the most steps, such as \[600, 1400\]"):
+        STPM(**MODEL, steps=steps)
+
+
+def test_passes_within_a_budget():
+    """320 images in 152 steps, 48 in 23, 400 in 190, 3000 in 1400: eight passes, or what comes to 600 to 1400 steps."""
+    assert [passes_within(steps, 8, (600, 1400)) for steps in (152, 23, 190, 1400)] == [8, 27, 7, 1]
+    assert passes_within(152, 8, (1800, 1800)) == 12
+    assert passes_within(23, 8, None) == 8
 
 
 def test_users_validation_changes_no_weights(trained, demo, tmp_path):

@@ -43,6 +43,12 @@ class Split(NamedTuple):
     holdout: list[int]
 
 
+def draw_places(available: int, count: int, seed: int) -> list[int]:
+    """Choose ``count`` of so many images, in ascending order; the same seed gives the same choice."""
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(available, generator=generator)[:count].tolist())
+
+
 def hold_out(count: int, share: float, seed: int, least: int = 1) -> list[int]:
     """Choose which images to hold out, in ascending order.
 

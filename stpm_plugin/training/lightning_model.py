@@ -40,7 +40,8 @@ from .diagnostics import FailureReport, TimeLeft, check_run
 from .evaluator import BothKinds
 from .feature_cache import CacheMode
 from .guards import TrainedOnly
-from .schedule import Kind, RateSchedule, bound_epochs, end_of_run, steps_in_a_pass
+from .normal_images import NormalImages
+from .schedule import Kind, RateSchedule, bound_epochs, end_of_run, names_no_length, steps_in_a_pass
 from .selection import WeightSelection
 from .thresholds import STPMPostProcessor
 from .verdict_pictures import VerdictPictures
@@ -75,8 +76,9 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         weight_decay: Weight decay of SGD.
         schedule: ``constant`` rate, or ``one-cycle``: up to ``lr`` in the first 30 % of the steps, then down to zero.
         epochs: Passes over the training images where the trainer's ``max_epochs`` is not set.
-        min_steps: Optimiser steps that those passes come to at least: with few images there are more passes; 0 for
-            ``epochs`` alone.
+        steps: Fewest and most optimiser steps that those passes come to: with few images there are more passes, with
+            many fewer, and where one is too many, a part of the images is drawn and the others are not read;
+            ``None`` for ``epochs`` alone.
         batch_size: Training images in a step; ``None`` for the datamodule's ``train_batch_size``.
         holdout: Share of the normal training images to hold out, in [0, 1); 0 takes the last epoch's weights.
         cache: Where images and teacher features are kept between epochs: ``memory`` (the GPU's while they take at most
@@ -118,7 +120,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         weight_decay: float = 1e-4,
         schedule: Kind = "one-cycle",
         epochs: int = 8,
-        min_steps: int = 600,
+        steps: tuple[int, int] | None = (600, 1400),
         batch_size: int | None = 2,
         holdout: float = 0.05,
         cache: CacheMode = "auto",
@@ -131,12 +133,13 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         check_shares(holdout, hard_share)
+        check_steps(steps)
         made = default_pre_processor(backbone, image_size) if pre_processor is True else pre_processor
         super().__init__(made, post_processor, evaluator, visualizer)
         self.model = seeded_model(seed, backbone, layers, score_share)
         self.teacher_weights, self.precision, self.seed = teacher_weights, precision, seed
         self.lr, self.momentum, self.weight_decay, self.hard_share = lr, momentum, weight_decay, hard_share
-        self.schedule, self.epochs, self.min_steps, self.batch_size = schedule, epochs, min_steps, batch_size
+        self.schedule, self.epochs, self.steps, self.batch_size = schedule, epochs, steps, batch_size
         self.holdout, self.cache, self.cache_dir = holdout, cache, cache_dir
         self.aligned = aligned
         self.trained = self.teacher_ready = False
@@ -182,11 +185,14 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
 
     # Training
 
-    def plan(self, batches: int) -> None:
-        """Check a run before it starts, and bound it if it names no length; ``batches`` are those of a pass."""
+    def plan(self, images: NormalImages) -> None:
+        """Check a run before it starts, and bound it and its images if it names no length."""
         check_run(self.trainer, self)
-        steps = steps_in_a_pass(self.trainer, batches)
-        bound_epochs(self.trainer, steps, self.epochs, self.min_steps, self.schedule)
+        steps = steps_in_a_pass(self.trainer, images.batches_in_a_pass)
+        if self.steps is not None and steps > self.steps[1] and names_no_length(self.trainer):
+            images.draw(self.steps[1] / steps)
+            steps = self.steps[1]
+        bound_epochs(self.trainer, steps, self.epochs, self.steps, self.schedule)
 
     def ready_teacher(self) -> None:
         """Read the teacher's weights, unless a checkpoint brought them."""
@@ -270,6 +276,17 @@ def check_shares(holdout: float, hard_share: float) -> None:
         raise STPMError(msg)
     if not 0 < hard_share <= 1:
         msg = f"hard_share={hard_share} must be a share of the positions, above 0 and at most 1 (all train)."
+        raise STPMError(msg)
+
+
+def check_steps(steps: tuple[int, int] | None) -> None:
+    """Refuse a budget that no run can keep to.
+
+    Raises:
+        STPMError: It is none; names it.
+    """
+    if steps is not None and not (len(steps) == 2 and 0 <= steps[0] <= steps[1] and steps[1] > 0):
+        msg = f"steps={steps} must be the fewest and the most steps, such as [600, 1400], or null for epochs alone."
         raise STPMError(msg)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +18,18 @@ from torch.utils.data import DataLoader
 from ..errors import STPMError
 from ..model.matching import matching_loss
 from ..model.usual_places import UsualPlaces
-from .data import Split, TrainingBatches, augments, check_normal, hold_out, images_of, read, share_out, sizes_differ
+from .data import (
+    Split,
+    TrainingBatches,
+    augments,
+    check_normal,
+    draw_places,
+    hold_out,
+    images_of,
+    read,
+    share_out,
+    sizes_differ,
+)
 from .data_record import DataRecord, identify, paths_of
 from .feature_cache import FeatureCache, open_cache
 from .placement import learn
@@ -61,16 +73,30 @@ class NormalImages:
 
     def __init__(self, module: STPM, source: Any) -> None:
         self.module, self.source = module, source
+        self._share = 1.0  # of the images, that is drawn
         self._batches: TrainingBatches | None = None
         self._loader: DataLoader  # this, the split and the record are there once the batches are
         self._split: Split
         self._record: DataRecord
         self._cache: FeatureCache | None = None
 
+    def draw(self, share: float) -> None:
+        """Take a random share of the images, in (0, 1], and leave the others unread."""
+        self._share = share
+        rank_zero_info(
+            f"STPM: one pass over {self.available} good images would take more steps than `steps` allows: "
+            f"{self.count} of them are drawn, and the others are not read."
+        )
+
     @property
-    def count(self) -> int:
+    def available(self) -> int:
         """Good images in the datamodule."""
         return len(self.source.train_dataloader().dataset)
+
+    @property
+    def count(self) -> int:
+        """Good images of this run: those that are drawn."""
+        return math.ceil(self.available * self._share)
 
     @property
     def batches_in_a_pass(self) -> int:
@@ -116,8 +142,11 @@ class NormalImages:
         module, trainer = self.module, self.module.trainer
         self._loader = loader = self.source.train_dataloader()
         check_normal(loader.dataset)
-        self._record = record = self._hold_out(module.data_record)
-        self._split = share_out(len(loader.dataset), record.held_out, trainer.global_rank, trainer.world_size)
+        seed = self._seed(module.data_record)
+        drawn = draw_places(self.available, self.count, seed)
+        self._record = record = self._hold_out(drawn, seed, module.data_record)
+        parts = share_out(len(drawn), record.held_out, trainer.global_rank, trainer.world_size)
+        self._split = Split(*([drawn[place] for place in part] for part in parts))
         self._cache = self._keep([*self._split.train, *self._split.holdout]) if self._may_keep() else None
         return TrainingBatches(loader, self._split.train, self._batch_size, record.seed, self._cache)
 
@@ -132,15 +161,19 @@ class NormalImages:
         if before is not None and self._places is not None:
             self._places.ordinary.copy_(before.ordinary)
 
-    def _hold_out(self, before: DataRecord | None) -> DataRecord:
+    def _seed(self, before: DataRecord | None) -> int:
+        """Of the draw, the hold-out and the batches: the model's own, or the checkpoint's, or torch's."""
+        given = before.seed if before else torch.initial_seed() % 2**31
+        own = self.module.seed
+        return own if own is not None else int(self.module.trainer.strategy.broadcast(given))
+
+    def _hold_out(self, drawn: Sequence[int], seed: int, before: DataRecord | None) -> DataRecord:
         """Identify the images and hold some out: those of the checkpoint's run, and a share of the images it lacked."""
         module, trainer = self.module, self.module.trainer
-        dataset = cast("Any", self._loader.dataset)
-        found = identify(paths_of(dataset)) if trainer.is_global_zero else None
+        paths = paths_of(self._loader.dataset)
+        found = identify([paths[place] for place in drawn] if paths else []) if trainer.is_global_zero else None
         names, sizes, digests = cast("tuple[list[str], list[int], list[str]]", trainer.strategy.broadcast(found))
-        given = before.seed if before else torch.initial_seed() % 2**31
-        seed = module.seed if module.seed is not None else int(trainer.strategy.broadcast(given))
-        held = hold_out(len(dataset), module.holdout, seed, trainer.world_size)
+        held = hold_out(len(drawn), module.holdout, seed, trainer.world_size)
         if before and before.identified and before.held_out and before.holdout == module.holdout:
             again = [place for place, digest in enumerate(digests) if digest in before.held_out_digests]
             if len(again) == len(before.held_out):

@@ -100,25 +100,44 @@ def steps_in_a_pass(trainer: Trainer, batches: int) -> int:
     return max(1, -(-drawn // trainer.accumulate_grad_batches))
 
 
-def bound_epochs(trainer: Trainer, steps: int, epochs: int, min_steps: int, schedule: Kind) -> None:
-    """Bound a run that names no length to ``epochs`` passes, or to as many as ``min_steps`` need.
+def names_no_length(trainer: Trainer) -> bool:
+    """Whether the trainer leaves the length of a run to the model."""
+    timed = any(isinstance(callback, Timer) for callback in _callbacks(trainer))
+    unnamed = trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS or (trainer.max_epochs == -1 and timed)
+    return trainer.max_steps == -1 and unnamed
+
+
+def passes_within(steps: int, epochs: int, budget: tuple[int, int] | None) -> int:
+    """Passes of a run that names no length: ``epochs``, or more or fewer to keep to the budget; at least one.
+
+    Args:
+        steps: Optimiser steps in a pass.
+        epochs: Passes.
+        budget: Fewest and most steps; the fewest win. ``None`` for ``epochs`` alone.
+    """
+    if budget is None:
+        return epochs
+    fewest, most = budget
+    return max(min(epochs, most // steps), -(-fewest // steps), 1)
+
+
+def bound_epochs(trainer: Trainer, steps: int, epochs: int, budget: tuple[int, int] | None, schedule: Kind) -> None:
+    """Bound a run that names no length.
 
     Args:
         trainer: Its fit loop is bounded.
         steps: Optimiser steps in a pass.
         epochs: Passes.
-        min_steps: Fewest steps.
+        budget: Fewest and most steps (:func:`passes_within`).
         schedule: One cycle needs an end.
 
     Raises:
         STPMError: The run has no end and the schedule needs one.
     """
-    timed = any(isinstance(callback, Timer) for callback in _callbacks(trainer))
-    unnamed = trainer.max_epochs == LIGHTNING_DEFAULT_EPOCHS or (trainer.max_epochs == -1 and timed)
-    if trainer.max_steps == -1 and unnamed:
-        passes = max(epochs, -(-min_steps // steps))
+    if names_no_length(trainer):
+        passes = passes_within(steps, epochs, budget)
         trainer.fit_loop.max_epochs = passes
-        why = "`epochs`" if passes == epochs else f"`min_steps`, {min_steps}"
+        why = "`epochs`" if passes == epochs or budget is None else f"`steps`, {budget[0]} to {budget[1]}"
         rank_zero_info(f"STPM: trainer.max_epochs is not set; training {passes} epochs (the model's {why}).")
     elif trainer.max_steps == -1 and trainer.max_epochs == -1 and schedule != "constant":
         msg = f"schedule={schedule} needs an end and trainer.max_epochs is -1: give a number, or schedule=constant."

@@ -84,7 +84,7 @@ class WeightSelection(Callback):
             raise STPMError(msg)
         self.images = NormalImages(module, source)
         trainer.datamodule = StandIn(source, self.images, validates_each_epoch(trainer, module))  # type: ignore[attr-defined]
-        module.plan(self.images.batches_in_a_pass)
+        module.plan(self.images)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the datamodule back, and leave the chosen weights in the model."""
