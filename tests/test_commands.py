@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import cv2
@@ -237,6 +239,18 @@ def test_an_export_is_quiet_and_knows_the_images_that_trained(trained_run, place
         data = datamodule_of(images)
         data.setup()
         assert {Path(path).name for path in data.train_data.samples.image_path} >= {Path(n).name for n in record.names}
+
+
+def test_the_doctor_says_what_is_missing_and_what_would_help(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**28))
+    assert stpm(["doctor", "--results", str(tmp_path / "runs")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith("  Python ") and f"stpm-plugin {metadata.version('stpm-plugin')}" in line for line in lines
+    )
+    assert any(line.startswith("! the hub cannot be reached") and "--teacher lite0" in line for line in lines)
+    assert "  `stpm train --teacher lite0` finds its weights in an installed package" in lines
+    assert any(line.startswith("! 0.2 GiB free on the disk of ") for line in lines)
 
 
 def test_a_worn_out_run_folder_is_named(trained_run, tmp_path, capsys):
