@@ -173,7 +173,7 @@ def callers(folder: Path) -> dict[str, Callable[[np.ndarray], Any]]:
 
     def eager(channels_last: bool) -> Callable[[np.ndarray], Any]:
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        model = STPM(backbone="resnet18", teacher_weights="builtin").eval()
+        model = STPM(backbone="resnet18").eval()
         model.model.load_state_dict(
             {name.removeprefix("model."): t for name, t in torch.load(folder / "stpm.pt").items() if "model." in name}
         )

@@ -1,4 +1,4 @@
-"""Train a small teacher: the classification run behind ``stpm_plugin/model/builtin_teacher.safetensors``.
+"""Train a small teacher: the classification run behind ``tests/cifar10_teacher.safetensors``.
 
     python -m benchmarks.pretrain_teacher --data folder --root cifar10 --out teacher.safetensors
     python -m benchmarks.pretrain_teacher --data mnist --root data --out teachers/mnist.safetensors   # for questions.py

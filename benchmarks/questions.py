@@ -44,9 +44,9 @@ from benchmarks.training_speed import train
 from stpm_plugin import STPM
 from stpm_plugin.model.features import FeaturePyramid
 from stpm_plugin.model.matching import distances
-from stpm_plugin.model.teacher_weights import BUILTIN, BUILTIN_FILE
 
 RESULTS = Path(__file__).parent / "results"
+CIFAR10 = Path(__file__).parents[1] / "tests/cifar10_teacher.safetensors"
 QUESTIONS = ("match", "scales", "teachers", "fewshot", "throughput")
 LAYERS = ("layer1", "layer2", "layer3")
 SUBSETS = [list(subset) for count in (1, 2, 3) for subset in itertools.combinations(LAYERS, count)]
@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", choices=[*QUESTIONS, "all", "figures"])
     parser.add_argument("--data", nargs="+", default=["demo"], help="folders in MVTec AD's layout, or demo")
-    parser.add_argument("--teacher", default="builtin", help="weights of torchvision's ResNet-18")
+    parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18; one of CIFAR-10, for a trial")
     parser.add_argument("--teachers", type=Path, default=Path("teachers"), help="folder of other teachers' weights")
     parser.add_argument("--models", nargs="+", default=["STPM", "anomalib PaDiM", "anomalib PatchCore"])
     parser.add_argument("--levels", nargs="+", default=["+".join(subset) for subset in SUBSETS], help="of `scales`")
@@ -219,8 +219,8 @@ def jobs(question: str, args: argparse.Namespace, folder: Path) -> Iterator[dict
     for path in args.data:
         base = {"model": "STPM", "data": path, "category": Path(path).name, "seed": 0, "share": 100}
         base |= {"passes": args.passes, "layers": LAYERS, "teacher": "imagenet", "size": args.size}
-        base["weights"] = Path(args.teacher) if args.teacher == "builtin" else Path(args.teacher).resolve()
-        if args.teacher == "builtin":
+        base["weights"] = (args.teacher or CIFAR10).resolve()
+        if args.teacher is None:
             base["teacher"] = "cifar10"
         if question == "match":
             yield base | {"distances": True}
@@ -244,9 +244,9 @@ def jobs(question: str, args: argparse.Namespace, folder: Path) -> Iterator[dict
 def teacher(name: str, imagenet: Path, folder: Path, scratch: Path) -> tuple[Path, str]:
     """Find a teacher's weights; returns where they are and, if they are nowhere, why."""
     if name == "imagenet":
-        return imagenet, "" if str(imagenet) != "builtin" else "no ImageNet weights were given"
+        return imagenet, "" if imagenet != CIFAR10 else "no ImageNet weights were given"
     if name == "cifar10":
-        return Path("builtin"), ""
+        return CIFAR10, ""
     if name == "random":
         file = scratch / "random.safetensors"
         torch.manual_seed(0)
@@ -262,7 +262,7 @@ def accuracy_of(name: str, weights: Path) -> float | None:
     """Share of its own test images that a teacher classifies right; nothing where nobody measured it."""
     if name == "imagenet":
         return 0.6976  # quoted: torchvision's resnet18, IMAGENET1K_V1, of the 50,000 validation images
-    with safe_open(BUILTIN_FILE if weights.name == BUILTIN else weights, "pt") as file:
+    with safe_open(weights, "pt") as file:
         accuracy = (file.metadata() or {}).get("test_accuracy")
     return float(accuracy) if accuracy else None
 

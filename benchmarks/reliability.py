@@ -39,9 +39,10 @@ from benchmarks.environment import environment
 from stpm_plugin.deployment.images import read_images
 
 ROOT = Path(__file__).parents[1]
+TEACHER = ROOT / "tests/cifar10_teacher.safetensors"
 RESULT = ROOT / "benchmarks" / "results" / "reliability.json"
 NETWORK = ("--model", "STPM", "--model.backbone", "resnet18")
-SMALL = (*NETWORK, "--model.teacher_weights", "builtin", "--model.image_size", "[64,64]", "--model.seed", "0")
+SMALL = (*NETWORK, "--model.teacher_weights", str(TEACHER), "--model.image_size", "[64,64]", "--model.seed", "0")
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu")
 ANOMALIB, SCORE = ("-m", "stpm_plugin"), ("-m", "stpm_plugin.commands", "score")
 TIMEOUT = 1200  # seconds
@@ -718,14 +719,16 @@ def _encoded(image: Image.Image, form: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-TRAINING_ROUTE = """
+TRAINING_ROUTE = (
+    f"TEACHER = {str(TEACHER)!r}"
+    + """
 import json, shutil, sys, torch
 from pathlib import Path
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from stpm_plugin import STPM
 checkpoint, good, kinds = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-arguments = dict(backbone="resnet18", teacher_weights="builtin", image_size=(64, 64), seed=0)
+arguments = dict(backbone="resnet18", teacher_weights=TEACHER, image_size=(64, 64), seed=0)
 trained = STPM.load_from_checkpoint(checkpoint).eval()
 said = {}
 for name, path in kinds.items():
@@ -742,6 +745,7 @@ for name, path in kinds.items():
         said[name] = f"{type(error).__name__}: {error}"
 Path("said.json").write_text(json.dumps(said))
 """
+)
 PREDICT_ROUTE = """
 import json, sys
 from pathlib import Path

@@ -255,9 +255,7 @@ def hub(teacher: Path, folder: Path) -> dict[str, str]:
     import timm
     from safetensors.torch import load_file, save_file
 
-    from stpm_plugin.model.teacher_weights import BUILTIN, BUILTIN_FILE
-
-    weights = load_file(BUILTIN_FILE if str(teacher) == BUILTIN else teacher)
+    weights = load_file(teacher)
     snapshot = folder / "home/hub/models--timm--resnet18.a1_in1k/snapshots/0"
     if not snapshot.exists():
         snapshot.mkdir(parents=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from anomalib.engine import Engine
-from conftest import TINY
+from conftest import TEACHER, TINY
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -15,7 +15,12 @@ from lightning.pytorch.callbacks import Callback
 
 from stpm_plugin import STPM, DemoData, STPMPostProcessor
 
-SMALL = {"backbone": "resnet18", "teacher_weights": "builtin", "layers": ["layer1", "layer2"], "image_size": (32, 32)}
+SMALL = {
+    "backbone": "resnet18",
+    "teacher_weights": str(TEACHER),
+    "layers": ["layer1", "layer2"],
+    "image_size": (32, 32),
+}
 HEADS = st.fixed_dictionaries({"score_share": st.sampled_from([0.0, 0.05])})
 RULES = st.sampled_from([None, 0.6])
 

@@ -18,7 +18,7 @@ import timm
 import yaml
 from anomalib.engine import Engine
 from anomalib.models import Stfpm
-from conftest import command, rows, run
+from conftest import TEACHER, command, rows, run
 
 from stpm_plugin import __version__
 from stpm_plugin.commands import entry
@@ -31,7 +31,7 @@ from stpm_plugin.errors import STPMError
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--model.init_args.image_size=[64,64]", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
-LITTLE = ["--teacher", "builtin", *SMALL]
+LITTLE = ["--teacher", str(TEACHER), *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_good_images_alone_give_no_metrics_but_a_threshold(trained_run, place, t
     assert trained_run[0].resolve().name == "v0"
     config = str(ROOT / "configs/folder.yaml")
     data = [f"--data.init_args.root={place}", "--data.init_args.normal_dir=parts", "--trainer.callbacks=[]"]
-    teacher = "--model.init_args.teacher_weights=builtin"
+    teacher = f"--model.init_args.teacher_weights={TEACHER}"
     said = command("anomalib", "train", "-c", config, teacher, *data, *SMALL, cwd=tmp_path)
     assert "AUROC and F1 need both kinds" in " ".join(said.split())
     assert "image_AUROC" not in said
@@ -249,7 +249,7 @@ def test_the_doctor_says_what_is_missing_and_what_would_help(tmp_path, monkeypat
         line.startswith("  Python ") and f"stpm-plugin {metadata.version('stpm-plugin')}" in line for line in lines
     )
     assert any(line.startswith("! the hub cannot be reached") and "--teacher lite0" in line for line in lines)
-    assert "  `stpm train --teacher lite0` finds its weights in an installed package" in lines
+    assert "  the light teacher's weights are installed: `stpm train --teacher lite0`" in lines
     assert any(line.startswith("! 0.2 GiB free on the disk of ") for line in lines)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import warm
 import yaml
-from conftest import TINY
+from conftest import TEACHER, TINY
 
 from stpm_plugin.commands.entry import main as stpm
 
@@ -49,7 +49,7 @@ def place(demo_root: Path, trained, exported: Path, tmp_path: Path) -> dict[str,
         "CKPT": str(trained[2]),
         "MODEL.xml": str(exported),
         "IMAGES": str(drawn / "test/good"),
-        "FILE": str(ROOT / "stpm_plugin/model/builtin_teacher.safetensors"),
+        "FILE": str(TEACHER),
     }
 
 
@@ -69,17 +69,17 @@ def prepare(line: str, place: dict[str, str], demo_root: Path) -> None:
 
 @pytest.mark.parametrize("line", COMMANDS, ids=lambda line: f"{COMMANDS[line]}: {line}")
 def test_a_command_of_the_pages_runs(line: str, place: dict[str, str], demo_root: Path) -> None:
-    """As a reader would type it, but for one pass and the small teacher."""
+    """As a reader would type it, but for one pass and a teacher that is at hand."""
     prepare(line, place, demo_root)
     command = re.sub(r"(?<![\w.-])(DIR|CKPT|MODEL\.xml|IMAGES|FILE)(?![\w.])", lambda m: place[m[1]], line)
     if re.search(r"anomalib (train|fit) ", command) and "--model.help" not in command:
         epochs = "--trainer.max_epochs 4" if "ckpt" in command else "--trainer.max_epochs 1"  # the checkpoint has 3
         command = re.sub(r"--trainer.max_epochs \d+", "", command) + f" {epochs} --trainer.enable_progress_bar false"
-        command += "" if "ckpt" in command or "teacher_weights" in command else " --model.teacher_weights builtin"
+        command += "" if "ckpt" in command or "teacher_weights" in command else f" --model.teacher_weights {TEACHER}"
         command += "" if "ckpt" in command else " --model.image_size [64,64]"
     if command.startswith("stpm train"):
         command += " --trainer.max_epochs 1 --model.init_args.image_size [64,64]"
-        command += "" if "--teacher" in command else " --teacher builtin"
+        command += "" if "--teacher" in command else f" --teacher {TEACHER}"
     exports = command.startswith("stpm train") or "yaml" in command
     if " train " in line and exports and ("--name" not in command or "--bad" in command):
         command += " --trainer.callbacks=[]"  # one of them does

