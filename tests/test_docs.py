@@ -17,7 +17,7 @@ from stpm_plugin.commands.entry import main as stpm
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 INSTALLS = "pip "  # the README's first screen: tried on a fresh machine, the second of the two by CI
-TESTED_ELSEWHERE = ("--trainer.strategy ddp", "--ray local")  # by test_many_processes.py and test_cluster.py, for long
+TESTED_ELSEWHERE = ("--trainer.strategy ddp", "--ray local", "AUTOLOAD=0 python")  # and each takes long
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
