@@ -19,7 +19,7 @@ from stpm_plugin import STPM, DemoData
 from stpm_plugin.errors import STPMError
 from stpm_plugin.model.features import FrozenPyramid
 from stpm_plugin.training import selection
-from stpm_plugin.training.data import augments, draw_places, hold_out, share_out
+from stpm_plugin.training.data import augments, draw_indices, hold_out, share_out
 from stpm_plugin.training.feature_cache import _place
 from stpm_plugin.training.schedule import passes_within
 from stpm_plugin.training.selection import CHECKPOINT_KEY
@@ -286,7 +286,7 @@ def test_of_too_many_images_a_part_is_drawn_and_the_others_are_not_read(tmp_path
     data = DemoData(root=tmp_path / "data", **TINY)
     data.prepare_data()
     images = sorted((tmp_path / "data").glob("*/train/good/*.png"))
-    drawn = draw_places(10, 5, seed=3)
+    drawn = draw_indices(10, 5, seed=3)
     for place in set(range(10)) - set(drawn):
         images[place].write_bytes(b"no image")
     budget = {"steps": (0, 2), "batch_size": 2, "seed": 3}

@@ -43,7 +43,7 @@ class Split(NamedTuple):
     holdout: list[int]
 
 
-def draw_places(available: int, count: int, seed: int) -> list[int]:
+def draw_indices(available: int, count: int, seed: int) -> list[int]:
     """Choose ``count`` of so many images, in ascending order; the same seed gives the same choice."""
     generator = torch.Generator().manual_seed(seed)
     return sorted(torch.randperm(available, generator=generator)[:count].tolist())

@@ -23,7 +23,7 @@ from .data import (
     TrainingBatches,
     augments,
     check_normal,
-    draw_places,
+    draw_indices,
     hold_out,
     images_of,
     read,
@@ -143,7 +143,7 @@ class NormalImages:
         self._loader = loader = self.source.train_dataloader()
         check_normal(loader.dataset)
         seed = self._seed(module.data_record)
-        drawn = draw_places(self.available, self.count, seed)
+        drawn = draw_indices(self.available, self.count, seed)
         self._record = record = self._hold_out(drawn, seed, module.data_record)
         parts = share_out(len(drawn), record.held_out, trainer.global_rank, trainer.world_size)
         self._split = Split(*([drawn[place] for place in part] for part in parts))
