@@ -204,7 +204,7 @@ def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> Any:
     from matplotlib.patches import Patch
 
     categories, names = sorted({c for c, _ in groups}), sorted({n for _, n in groups})
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(13, 4.4), layout="constrained")
     for axis, metric in zip(axes, ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"), strict=False):
         for place, name in enumerate(names):
             for at, category in enumerate(categories):
@@ -213,14 +213,14 @@ def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> Any:
                     error = stdev(values) if len(values) > 1 else 0
                     where, colour = at + 0.8 * (place + 0.5) / len(names) - 0.4, f"C{place}"
                     axis.bar(where, mean(values), 0.7 / len(names), yerr=error, color=colour)
-        axis.set_xticks(range(len(categories)), categories)
+        axis.set_xticks(range(len(categories)), categories, rotation=30, ha="right")
         axis.set(title=METRICS[metric], ylim=(0.3, 1.0))
     handles = [Patch(color=f"C{place}", label=name) for place, name in enumerate(names)]
-    figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=len(names))
+    figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=5)
     for place, name in enumerate(names):
         found = [groups[category, name] for category in categories if (category, name) in groups]
         for one in found:
-            seconds = [row["fit_seconds"] for row in one if row["fit_seconds"] is not None]
+            seconds = [row["fit_seconds"] for row in one if row.get("fit_seconds") is not None]
             if seconds:
                 axes[3].plot(mean(seconds), mean(row["metrics"]["image_AUROC"] for row in one), "o", color=f"C{place}")
     axes[3].set(xscale="log", xlabel="seconds to fit", title="image AUROC over time")
