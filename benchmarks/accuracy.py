@@ -108,9 +108,7 @@ def students() -> Iterator[tuple[str, dict[str, Any]]]:
         recipe, category, seed = key.split(", ")
         if recipe in STUDENTS and seed.isdigit():
             name = STUDENTS[recipe]
-            aligned = (
-                student["alignment"] > ALIGNED and "mixed" not in recipe
-            )  # parts of several products lie in no one way
+            aligned = student["run"].get("aligned", student["alignment"] > ALIGNED)
             metrics = student.pop("metrics")["with" if aligned else "without"]
             row = {"model": name, "name": name, "category": category, "seed": int(seed), "metrics": metrics}
             yield f"{name}, {category}, seed {seed}", row | student
