@@ -18,13 +18,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from anomalib.data import MVTecAD
 from anomalib.metrics import AUPR, AUPRO, AUROC, F1Max
 from torch import Tensor
 
 from benchmarks.environment import environment
 from benchmarks.heads import Found, blurred, computed, gains
-from benchmarks.students import RECIPES, SIZE
+from benchmarks.students import RECIPES, SIZE, data_of
 from stpm_plugin import STPM
 from stpm_plugin.model.matching import anomaly_map, image_score
 from stpm_plugin.model.teacher_weights import load_teacher
@@ -76,9 +75,7 @@ def rows() -> dict[str, dict[str, Any]]:
 @torch.inference_mode()
 def deepest(category: Path, teacher: str, model: STPM) -> list[Tensor]:
     """The teacher's unit vectors of the deepest level, of the training and of the test images (N, C, h, w)."""
-    data = MVTecAD(root=category.parent, category=category.name, num_workers=0, val_split_mode="none")
-    data.prepare_data()
-    data.setup()
+    data = data_of(category)
     load_teacher(model.model.teacher, model.model.backbone, teacher)
     parts = (data.train_data, data.test_data)
     return [torch.cat([model.model.teach(model.transform(item.image[None]))[-1] for item in part]) for part in parts]
