@@ -22,6 +22,7 @@ def environment(command: str) -> dict[str, Any]:
             [platform.machine(), f"{torch.get_num_threads()} threads", torch.backends.cpu.get_cpu_capability()]
         ),
         "processor": processor(),
+        **({"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -40,6 +39,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.environment import environment
+from benchmarks.students import subset
 from benchmarks.training_speed import train
 from stpm_plugin import STPM
 from stpm_plugin.model.features import FeaturePyramid
@@ -302,23 +302,6 @@ def settings(job: dict[str, Any], args: argparse.Namespace, folder: Path) -> dic
         arguments = {"path": str(folder / "distances.json"), "passes": looks, "most": args.most}
         run["callbacks"] = [{"class_path": "benchmarks.questions.Distances", "init_args": arguments}]
     return run
-
-
-def subset(source: Path, share: int, seed: int, folder: Path) -> Path:
-    """Copy a category with a random share of its normal training images; returns the root."""
-    if share == 100:
-        return source.parent
-    root = folder / f"{source.name}-{share}-{seed}"
-    target = root / source.name
-    if not target.exists():
-        files = sorted((source / "train/good").iterdir())
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
-        (target / "train/good").mkdir(parents=True)
-        for place in order[: max(3, round(len(files) * share / 100))]:
-            shutil.copyfile(files[place], target / "train/good" / files[place].name)
-        for part in ("test", "ground_truth"):  # no links: anomalib lists no file that leaves the root
-            shutil.copytree(source / part, target / part, copy_function=shutil.copyfile)
-    return root
 
 
 def thirds(source: Path) -> list[float]:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.students KEPT DIR/screw DIR/bottle --teacher FILE --recipe default --seeds 0 1 2
     python -m benchmarks.students KEPT DIR/screw DIR/bottle --teacher FILE --mixed --seeds 0    # one of all categories
+    python -m benchmarks.students KEPT DIR/screw DIR/bottle --teacher FILE --share 10         # of a tenth of the images
 
 Each is a fit by the plugin through anomalib's Engine. KEPT gets, for each, the distances at each level on the held-out
 good images and on the test images, with masks and labels (some megabytes, for no commit); a student that is there is
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from torch import Tensor
@@ -30,13 +32,25 @@ from stpm_plugin import STPM
 from stpm_plugin.model.matching import distances
 
 SIZE = (256, 256)
+PAPERS_FILE = Path(__file__).parents[1] / "configs/paper.yaml"
+PAPER = {
+    name: value
+    for name, value in yaml.safe_load(PAPERS_FILE.read_text())["model"]["init_args"].items()
+    if name not in ("seed", "evaluator")
+}
+LITE0 = {"backbone": "tf_efficientnet_lite0.in1k"}
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "4 passes": {"epochs": 4},
     "16 passes": {"epochs": 16, "steps": (600, 5000)},  # beyond the default's most
     "a fifth held out": {"holdout": 0.2},
     "all positions": {"hard_share": 1.0},
-    "lite0": {"backbone": "tf_efficientnet_lite0.in1k"},
+    "paper": PAPER,
+    "lite0": LITE0,
+    "lite0 16 passes": LITE0 | {"epochs": 16, "steps": (600, 5000)},
+    "lite0 all positions": LITE0 | {"hard_share": 1.0},
+    "lite0 lower rate": LITE0 | {"lr": 0.4},
+    "lite0 four levels": LITE0 | {"layers": [1, 2, 3, 4]},  # strides 4 to 32
 }
 
 
@@ -48,18 +62,26 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="weights of the recipe's backbone: a file, or lite0")
     parser.add_argument("--recipe", choices=RECIPES, default="default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--mixed", action="store_true", help="one student of all categories, instead of one of each")
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--mixed", action="store_true", help="one student of all categories, instead of one of each")
+    images.add_argument("--share", type=int, default=100, help="of the training images, per cent")
     args = parser.parse_args()
     args.kept.mkdir(parents=True, exist_ok=True)
     groups = [args.categories] if args.mixed else [[category] for category in args.categories]
     name = f"{args.recipe} mixed" if args.mixed else args.recipe
+    if args.share < 100:
+        name += f" {args.share} %"
     for seed in args.seeds:
         for group in groups:
             files = [args.kept / f"{name}, {category.name}, {seed}.pt" for category in group]
             if all(file.exists() for file in files):
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                root = mixed(group, Path(folder)) if args.mixed else group[0].resolve()
+                if args.mixed:
+                    root = mixed(group, Path(folder))
+                else:
+                    category = group[0].resolve()
+                    root = subset(category, args.share, seed, Path(folder)) / category.name
                 model, run = train(root, args.teacher, seed, RECIPES[args.recipe])
                 held = [data_of(root).train_data[place].image for place in model.data_record.held_out]
             good = levels(model, held)
@@ -81,6 +103,23 @@ def mixed(categories: list[Path], folder: Path) -> Path:
     return root
 
 
+def subset(source: Path, share: int, seed: int, folder: Path) -> Path:
+    """Copy a category with a random share of its normal training images; returns the root."""
+    if share == 100:
+        return source.parent
+    root = folder / f"{source.name}-{share}-{seed}"
+    target = root / source.name
+    if not target.exists():
+        files = sorted((source / "train/good").iterdir())
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+        (target / "train/good").mkdir(parents=True)
+        for place in order[: max(3, round(len(files) * share / 100))]:
+            shutil.copyfile(files[place], target / "train/good" / files[place].name)
+        for part in ("test", "ground_truth"):  # no links: anomalib lists no file that leaves the root
+            shutil.copytree(source / part, target / part, copy_function=shutil.copyfile)
+    return root
+
+
 def data_of(category: Path) -> MVTecAD:
     """A category's images, at hand."""
     data = MVTecAD(root=category.parent, category=category.name, num_workers=1, val_split_mode="none")
@@ -96,7 +135,7 @@ def train(category: Path, teacher: str, seed: int, recipe: dict[str, Any]) -> tu
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(
             default_root_dir=folder,
-            accelerator="cpu",
+            accelerator="auto",
             logger=False,
             enable_progress_bar=False,
         )
@@ -127,9 +166,9 @@ def levels(model: STPM, images: Iterable[Tensor]) -> list[Tensor]:
     model.eval()
     found = []
     for image in images:
-        network_input = model.transform(image[None])
+        network_input = model.transform(image[None].to(model.device))
         found.append(distances(model.model.teach(network_input), model.model.study(network_input)))
-    return [torch.cat(level) for level in zip(*found, strict=True)]
+    return [torch.cat(level).cpu() for level in zip(*found, strict=True)]
 
 
 if __name__ == "__main__":
