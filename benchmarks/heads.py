@@ -2,6 +2,7 @@
 
     python -m benchmarks.heads maps KEPT      # each way from levels to a map
     python -m benchmarks.heads scores KEPT    # each way from a map to an image score
+    python -m benchmarks.heads levels KEPT --seed 1   # each set of levels, by the package's map and score
     python -m benchmarks.heads table          # from what is kept
 
 The rule, written before any run:
@@ -40,7 +41,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from benchmarks.environment import environment
 from benchmarks.students import SIZE
-from stpm_plugin.model.matching import anomaly_map
+from stpm_plugin.model.matching import anomaly_map, image_score
 
 RESULTS = Path(__file__).parent / "results" / "heads.json"
 SEEDS = 3  # of all categories: with fewer nothing is chosen
@@ -111,6 +112,18 @@ MAPS: dict[str, Callable[[Levels, Levels], Tensor]] = {
 }
 
 
+LEVELS = {
+    "finest": (0,),
+    "middle": (1,),
+    "deepest": (2,),
+    "finest and middle": (0, 1),
+    "finest and deepest": (0, 2),
+    "middle and deepest": (1, 2),
+    "all three": (0, 1, 2),
+}
+SHARE, STRIDE = 0.003, 4  # of the default's image score
+
+
 def blocks(maps: Tensor) -> Tensor:
     """A map's means over blocks of 4 x 4 pixels, those of the finest level's positions, (N, 4096)."""
     return F.avg_pool2d(maps, 4).flatten(1)
@@ -154,11 +167,12 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 def main() -> None:
     """Measure what is missing, or tabulate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["maps", "scores", "table"])
+    parser.add_argument("part", choices=["maps", "scores", "levels", "table"])
     parser.add_argument("kept", nargs="?", type=Path, help="folder of what `students.py` kept")
     parser.add_argument("--recipe", default="default")
+    parser.add_argument("--seed", default="*")
     args = parser.parse_args()
-    for file in sorted(args.kept.glob(f"{args.recipe}, *.pt")) if args.kept else []:
+    for file in sorted(args.kept.glob(f"{args.recipe}, *, {args.seed}.pt")) if args.kept else []:
         measure(file, args.part)
     RESULTS.with_suffix(".md").write_text(text := table())
     print(text)
@@ -175,7 +189,13 @@ def measure(file: Path, part: str) -> None:
     row = kept.setdefault(file.stem, {"maps": {}, "scores": {}, **environment("python -m benchmarks.heads")})
     student = torch.load(file, weights_only=True)
     row["run"] = student["run"]
-    for name, head in MAPS.items():
+    if part == "levels":
+        row["levels"] = {}
+        for name, chosen in LEVELS.items():
+            maps = anomaly_map([student["test"][level] for level in chosen], SIZE)
+            found = detected(image_score(maps, SHARE, STRIDE), student["labels"])
+            row["levels"][name] = [found, *localised(maps, student["masks"])]
+    for name, head in MAPS.items() if part != "levels" else ():
         if name in row["maps"] if part == "maps" else row["scores"].get(name, {}).keys() >= SCORES.keys():
             continue
         maps = head(student["test"], student["good"])
@@ -217,7 +237,30 @@ def table() -> str:
         _, category, seed = key.split(", ")
         for name, value in row["scores"].get(chosen, {}).items():
             by_score[name][category, seed] = [value]
-    return f"{maps}\n\n{section('image AUROC', by_score)[0]}\n"
+    return f"{maps}\n\n{section('image AUROC', by_score)[0]}\n\n{levels()}"
+
+
+def levels() -> str:
+    """Each set of levels, of students that were trained on all three."""
+    found = {tuple(key.split(", ")[1:]): row["levels"] for key, row in rows().items() if "levels" in row}
+    if not found:
+        return ""
+    categories = sorted({category for category, _ in found})
+    said = [
+        "Sets of levels of students that were trained on all three (seeds "
+        f"{', '.join(sorted({seed for _, seed in found}))}; what is usual at each place is left out): "
+        "image AUROC / pixel AUROC / PRO by the package's map and score.",
+        "",
+        f"| levels | {' | '.join(categories)} | mean |",
+        f"|---|{'---|' * len(categories)}---|",
+    ]
+    for name in LEVELS:
+        kinds = [[row[name] for (c, _), row in found.items() if c == category] for category in categories]
+        cells = [[statistics.mean(column) for column in zip(*kind, strict=True)] for kind in kinds]
+        cells.append([statistics.mean(column) for column in zip(*cells, strict=True)])
+        shown = (" / ".join(f"{value:.3f}" for value in cell) for cell in cells)
+        said.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join([*said, ""])
 
 
 def section(metrics: str, found: dict[str, Found]) -> tuple[str, str]:

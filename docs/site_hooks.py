@@ -1,0 +1,27 @@
+"""What MkDocs is told beside `mkdocs.yml`: results that stand in `benchmarks/`, and links that leave `docs/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+RESULTS = "../benchmarks/results/"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Take the results' tables, figures and raw rows into the site, where they stand once."""
+    for path in sorted((ROOT / RESULTS.removeprefix("../")).iterdir()):
+        if path.suffix in (".md", ".png", ".json", ".csv"):
+            files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Point links to those places."""
+    markdown = markdown.replace(f"]({RESULTS}", "](results/").replace("](../benchmarks/", "](benchmarks/")
+    return markdown.replace("](../README.md", "](index.md")
