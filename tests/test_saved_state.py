@@ -18,7 +18,7 @@ from conftest import MODEL, TINY, fit, run
 from test_routes import COMMANDS, CPU, HEAD, engine, same, scored
 
 from stpm_plugin import STPM, DemoData, STPMPostProcessor, STPMPreProcessor
-from stpm_plugin.deployment.int8 import places_of
+from stpm_plugin.deployment.int8 import indices_of
 from stpm_plugin.errors import STPMError
 from stpm_plugin.false_alarms import limit
 from stpm_plugin.training.data_record import identify, paths_of
@@ -344,7 +344,7 @@ def test_int8_finds_its_images_by_content(of_quantile, data, demo_root, tmp_path
     shutil.copy(next(changed.glob("*/test/good/*")), good / "a new one.png")
     datamodule = DemoData(root=changed, **TINY)
     datamodule.setup("fit")
-    trained, held_out = places_of(datamodule.train_data, record)
+    trained, held_out = indices_of(datamodule.train_data, record)
     _, _, digests = identify(paths_of(datamodule.train_data))
     assert len(digests) == 11
     assert (len(trained), len(held_out)) == (7, 3)
@@ -360,8 +360,8 @@ def test_int8_refuses_other_data_and_says_what_it_does_not_know(of_quantile, dat
     with pytest.raises(
         STPMError, match=r"of the data's 2 good images 0 trained this model and 0 were held out, of 7 and 3"
     ):
-        places_of(other.train_data, record)
+        indices_of(other.train_data, record)
     datamodule = data()
     datamodule.setup("fit")
     with pytest.warns(UserWarning, match="does not say which images trained it"):
-        assert places_of(datamodule.train_data, None) == (list(range(10)), [])
+        assert indices_of(datamodule.train_data, None) == (list(range(10)), [])

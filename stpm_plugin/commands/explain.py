@@ -149,8 +149,8 @@ def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int
         folders.append(TRAINED if path in trained else found.path.parent.name)
         seen = sorted([*seen, found], key=lambda one: -one.score)[:most]
     out.mkdir(parents=True, exist_ok=True)
-    for place, found in enumerate(seen):
-        name = f"{place:02d}-{found.path.parent.name}-{found.path.stem}.png"
+    for number, found in enumerate(seen):
+        name = f"{number:02d}-{found.path.parent.name}-{found.path.stem}.png"
         draw_image(found, model.model.teacher.layers).savefig(out / name, dpi=110)
     if scores:
         draw_scores(scores, folders).savefig(out / "scores.png", dpi=110)

@@ -73,8 +73,8 @@ class Score:
             print(f"stopped; run the command again to resume {self.csv}.", file=sys.stderr)
             return STOPPED
         except OSError as error:  # an error without a file name is the open CSV's
-            place = error.filename or self.csv
+            where = error.filename or self.csv
             print(
-                f"{place}: {error.strerror or error}; fix this, then run the command again to resume.", file=sys.stderr
+                f"{where}: {error.strerror or error}; fix this, then run the command again to resume.", file=sys.stderr
             )
             return 1

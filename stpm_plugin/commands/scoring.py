@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..deployment.drift import Drift
-from ..deployment.heatmaps import place_of
+from ..deployment.heatmaps import file_of
 from ..deployment.images import UNREADABLE, VIDEOS, find_images
 from ..deployment.scorer import Scored, Scorer
 from ..deployment.table import Stamp, Table, cell, stamp, video_of
@@ -103,7 +103,7 @@ class Run:
         if Path(path).suffix.lower() in VIDEOS:
             return False  # its frames are counted while it is read
         folder = self.options.heatmaps
-        return self.table.has(path) and (folder is None or place_of(path, folder, self.root).exists())
+        return self.table.has(path) and (folder is None or file_of(path, folder, self.root).exists())
 
     def _stamped(self, paths: Sequence[str]) -> Any:
         """Note what tells each image from a later one, before it is read."""

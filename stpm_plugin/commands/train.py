@@ -22,7 +22,7 @@ from .terminal import Quiet, in_words
 if TYPE_CHECKING:
     from anomalib.cli.cli import AnomalibCLI
 
-LEAST = 3  # good images: one is held out, and the student needs two in a step
+FEWEST = 3  # good images: one is held out, and the student needs two in a step
 DEFECTS = {"bad", "defect", "defective", "defects", "ng", "nok", "not_good", "anomaly", "anomalous", "ground_truth"}
 
 
@@ -172,8 +172,8 @@ def good_images(folder: Path, bad: Path | None) -> Path:
         msg = f"{good} holds {odd[0]}, whose images would train as good: put the good images in a folder {good}/good."
         raise STPMError(msg)
     count = len(images_below(good))
-    if count < LEAST:
-        msg = f"{good} holds {count} images, and a training needs at least {LEAST}: name a folder of good images."
+    if count < FEWEST:
+        msg = f"{good} holds {count} images, and a training needs at least {FEWEST}: name a folder of good images."
         raise STPMError(msg)
     return good
 

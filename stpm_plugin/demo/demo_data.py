@@ -161,7 +161,7 @@ HOLES = ((0.25, 0.3), (0.75, 0.3), (0.25, 0.7), (0.75, 0.7), (0.5, 0.42))  # cen
 
 
 def _spot(rng: np.random.Generator, side: int) -> tuple[float, float]:
-    """A place on the plate, away from its rim."""
+    """A position on the plate, away from its rim."""
     return rng.uniform(0.24, 0.76) * side, rng.uniform(0.28, 0.72) * side
 
 

@@ -128,7 +128,7 @@ def rejudged(model: ov.Model, verdict: Verdict) -> ov.Model:
 
 
 def write(model: ov.Model, target: Path) -> None:
-    """Write a model beside its place, then move it there, so that a full disk or Ctrl-C leaves the old one whole."""
+    """Write a model to temporary files, then move them, so that a full disk or Ctrl-C leaves the old model whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)

@@ -24,14 +24,14 @@ def draw(scored: Scored, limit: float) -> np.ndarray:
     return picture
 
 
-def place_of(path: str, folder: Path, root: Path) -> Path:
+def file_of(path: str, folder: Path, root: Path) -> Path:
     """Where an image's picture goes: its path below ``root``, in ``folder``."""
     relative = Path(path).relative_to(root)
     return folder / relative.with_name(relative.name + HEATMAP)
 
 
 def write(picture: np.ndarray, target: Path) -> None:
-    """Write a picture beside its place, then move it there.
+    """Write a picture to a temporary file beside its target, then move it there.
 
     Raises:
         STPMError: It cannot be written.

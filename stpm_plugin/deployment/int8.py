@@ -60,7 +60,7 @@ def round_model(
         STPMError: The data are not the model's, an image is anomalous or cannot be read, or none was held out.
     """
     loader = normal_images(datamodule)
-    trained, held_out = places_of(loader.dataset, record)
+    trained, held_out = indices_of(loader.dataset, record)
     if max_drop is not None or getattr(post_processor, "normal_quantile", None) is not None:
         require_held_out(held_out)
     order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(record.seed if record else 0)).tolist()
@@ -90,13 +90,13 @@ def normal_images(datamodule: AnomalibDataModule) -> DataLoader:
     return cast("DataLoader", loader)
 
 
-def require_held_out(places: Sequence[int]) -> None:
+def require_held_out(indices: Sequence[int]) -> None:
     """Refuse to go on without held-out images.
 
     Raises:
         STPMError: There are none.
     """
-    if not places:
+    if not indices:
         msg = (
             "INT8_ACQ and normal_quantile need images that were held out from training, and this model has or knows "
             "none: train it with holdout above 0, or use INT8_PTQ with a validation set."
@@ -110,7 +110,7 @@ def fitted(batches: Iterable[Batch], size: tuple[int, int] | None) -> Iterator[B
         yield batch.update(image=resize(batch.image, list(size), antialias=True) if size else batch.image)
 
 
-def places_of(dataset: Any, record: DataRecord | None) -> tuple[list[int], list[int]]:
+def indices_of(dataset: Any, record: DataRecord | None) -> tuple[list[int], list[int]]:
     """Find the images that trained a model, and those that were held out, by their content.
 
     Args:
@@ -118,7 +118,7 @@ def places_of(dataset: Any, record: DataRecord | None) -> tuple[list[int], list[
         record: Of the model's training; ``None`` where it is unknown: all count as training images then.
 
     Returns:
-        Places of both in the data set. Images that the model has not seen are in neither.
+        Indices of both in the data set. Images that the model has not seen are in neither.
 
     Raises:
         STPMError: None of the images trained the model, or none of those that were held out is here.
@@ -129,16 +129,16 @@ def places_of(dataset: Any, record: DataRecord | None) -> tuple[list[int], list[
         )
         return list(range(len(dataset))), []
     _, _, digests = identify(paths_of(dataset))
-    trained = [place for place, digest in enumerate(digests) if digest in record.trained_digests]
-    held_out = [place for place, digest in enumerate(digests) if digest in record.held_out_digests]
+    trained = [index for index, digest in enumerate(digests) if digest in record.trained_digests]
+    held_out = [index for index, digest in enumerate(digests) if digest in record.held_out_digests]
     if not trained or (record.held_out and not held_out):
         msg = (
             f"of the data's {len(digests)} good images {len(trained)} trained this model and {len(held_out)} were held "
             f"out, of {len(record.trained_digests)} and {len(record.held_out)}: name its training data with --data."
         )
         raise STPMError(msg)
-    missing = len(record.trained_digests) - len({digests[place] for place in trained})
-    missing += len(record.held_out_digests) - len({digests[place] for place in held_out})
+    missing = len(record.trained_digests) - len({digests[index] for index in trained})
+    missing += len(record.held_out_digests) - len({digests[index] for index in held_out})
     if missing:
         rank_zero_warn(
             f"STPM: {missing} images of the model's training are not in the data; INT8 is calibrated on the rest."

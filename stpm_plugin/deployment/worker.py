@@ -41,5 +41,5 @@ class Worker:
         for scored in self.scorer.score(paths, maps, unreadable, skip):
             if self.heatmaps is not None:
                 picture = heatmaps.draw(scored, self.scorer.pixel_limit)
-                heatmaps.write(picture, heatmaps.place_of(scored.path, self.heatmaps, self.root))
+                heatmaps.write(picture, heatmaps.file_of(scored.path, self.heatmaps, self.root))
             yield scored._replace(image=None, anomaly_map=None)

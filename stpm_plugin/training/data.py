@@ -37,7 +37,7 @@ def images_of(batch: Batch) -> Tensor:
 
 
 class Split(NamedTuple):
-    """Places of the images in the data set, in the order in which this process reads them."""
+    """Indices of the images in the data set, in the order in which this process reads them."""
 
     train: list[int]
     holdout: list[int]
@@ -67,7 +67,7 @@ def share_out(count: int, held: Sequence[int], rank: int = 0, world: int = 1) ->
 
     Args:
         count: Number of images.
-        held: Places of the held-out images.
+        held: Indices of the held-out images.
         rank: This process among ``world``.
         world: Number of processes.
 
@@ -146,11 +146,11 @@ class _Readable(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, place: int) -> Any:
+    def __getitem__(self, index: int) -> Any:
         samples = getattr(self.dataset, "samples", None)
-        path = f"number {place}" if samples is None else samples.image_path.iloc[place]
+        path = f"number {index}" if samples is None else samples.image_path.iloc[index]
         try:
-            item = self.dataset[place]
+            item = self.dataset[index]
             check_depth(path)
         except STPMError as error:
             return _Refused(f"training image {error}")
@@ -185,12 +185,12 @@ def sizes_differ(path: Any, shape: Sequence[int], others: Sequence[int]) -> str:
     )
 
 
-def read(loader: DataLoader, places: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
-    """Read the images at ``places``, in that order, as a datamodule's loader would.
+def read(loader: DataLoader, indices: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
+    """Read the images at ``indices``, in that order, as a datamodule's loader would.
 
     Args:
         loader: The datamodule's loader: its data set, collation and workers are used.
-        places: Places in the data set.
+        indices: Indices in the data set.
         batch_size: Images in a batch.
 
     Yields:
@@ -202,7 +202,7 @@ def read(loader: DataLoader, places: Sequence[int], batch_size: int) -> Iterator
     batches = DataLoader(
         _Readable(loader.dataset),
         batch_size=batch_size,
-        sampler=list(places),
+        sampler=list(indices),
         num_workers=loader.num_workers,
         collate_fn=_Collate(loader.collate_fn),
     )
@@ -215,21 +215,21 @@ def read(loader: DataLoader, places: Sequence[int], batch_size: int) -> Iterator
 class TrainingBatches:
     """The loader that Lightning iterates: shuffled batches, from the cache or read anew.
 
-    The order depends on the seed and the epoch alone, and the place in it is saved with a checkpoint: a resumed run
+    The order depends on the seed and the epoch alone, and the position in it is saved with a checkpoint: a resumed run
     draws what an uninterrupted one draws, also from the middle of an epoch.
 
     Args:
         loader: The datamodule's training loader.
-        places: Places of the training images in its data set.
+        indices: Indices of the training images in its data set.
         batch_size: Images in a batch; the last batch of an epoch may be smaller.
         seed: Seed of the order.
-        cache: The kept images and features, in the order of ``places``, or ``None``.
+        cache: The kept images and features, in the order of ``indices``, or ``None``.
     """
 
     def __init__(
-        self, loader: DataLoader, places: Sequence[int], batch_size: int, seed: int, cache: FeatureCache | None
+        self, loader: DataLoader, indices: Sequence[int], batch_size: int, seed: int, cache: FeatureCache | None
     ) -> None:
-        self.loader, self.places, self.batch_size, self.seed, self.cache = loader, places, batch_size, seed, cache
+        self.loader, self.indices, self.batch_size, self.seed, self.cache = loader, indices, batch_size, seed, cache
         self.epoch = 0
         self.drawn = 0  # batches of this epoch
         self._resumed = (-1, 0)  # epoch and batches drawn in it, of a checkpoint
@@ -244,31 +244,31 @@ class TrainingBatches:
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the order, as Lightning saves it."""
+        """The position in the order, as Lightning saves it."""
         return {"epoch": self.epoch, "drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved place, if its epoch is drawn next."""
+        """Resume from a saved position, if its epoch is drawn next."""
         self._resumed = state["epoch"], state["drawn"]
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self.places) // self.batch_size)
+        return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         """Yield the epoch's batches, or what is left of them."""
         (epoch, drawn), self._resumed = self._resumed, (-1, 0)
         self.drawn = drawn if epoch == self.epoch and drawn < len(self) else 0
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.places), generator=generator)[self.drawn * self.batch_size :]
+        order = torch.randperm(len(self.indices), generator=generator)[self.drawn * self.batch_size :]
         for batch in self._batches(order):
             self.drawn += 1
             yield batch
 
     def _batches(self, order: Tensor) -> Iterator[TrainingBatch]:
         if self.cache is None:
-            places = [self.places[place] for place in order.tolist()]
-            for batch in read(self.loader, places, self.batch_size):
+            indices = [self.indices[index] for index in order.tolist()]
+            for batch in read(self.loader, indices, self.batch_size):
                 yield TrainingBatch(image=batch.image)
         else:
             for chosen in order.split(self.batch_size):

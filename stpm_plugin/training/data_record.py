@@ -23,7 +23,7 @@ class DataRecord:
         names: Path of each image, relative to the folder above all of them, with forward slashes.
         sizes: Bytes of each.
         digests: BLAKE2 hash of each file's bytes, 128 bits, hexadecimal.
-        held_out: Places of the images that chose the weights and set thresholds, and trained nothing.
+        held_out: Indices of the images that chose the weights and set thresholds, and trained nothing.
         holdout: Share that was asked for.
         seed: Seed of the hold-out and of the order of the batches.
     """
@@ -47,13 +47,13 @@ class DataRecord:
     @property
     def held_out_digests(self) -> frozenset[str]:
         """Contents that were held out and that no training image shares."""
-        return frozenset(self.digests[place] for place in self.held_out) - self.trained_digests
+        return frozenset(self.digests[index] for index in self.held_out) - self.trained_digests
 
     @property
     def trained_digests(self) -> frozenset[str]:
         """Contents that trained the model."""
         held = set(self.held_out)
-        return frozenset(digest for place, digest in enumerate(self.digests) if place not in held)
+        return frozenset(digest for index, digest in enumerate(self.digests) if index not in held)
 
 
 def packed(digests: Iterable[str]) -> str:

@@ -127,7 +127,7 @@ class TrainingProgress(Callback):
 
 
 class FailureReport(Callback):
-    """Logs in a sentence why a run ended, where the error names neither the place nor the remedy."""
+    """Logs in a sentence why a run ended, where the error names neither what failed nor the remedy."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log one line: of a full disk, of full memory, of a bad checkpoint, or of another process that was killed."""

@@ -146,13 +146,13 @@ class NormalImages:
         drawn = draw_indices(self.available, self.count, seed)
         self._record = record = self._hold_out(drawn, seed, module.data_record)
         parts = share_out(len(drawn), record.held_out, trainer.global_rank, trainer.world_size)
-        self._split = Split(*([drawn[place] for place in part] for part in parts))
+        self._split = Split(*([drawn[index] for index in part] for part in parts))
         self._cache = self._keep([*self._split.train, *self._split.holdout]) if self._may_keep() else None
         return TrainingBatches(loader, self._split.train, self._batch_size, record.seed, self._cache)
 
     @functools.cached_property
     def _places(self) -> UsualPlaces | None:
-        """What is usual at each place of the training images."""
+        """What is usual at each position of the training images."""
         return learn(self.module, self)
 
     def _use_places(self) -> None:
@@ -171,13 +171,13 @@ class NormalImages:
         """Identify the images and hold some out: those of the checkpoint's run, and a share of the images it lacked."""
         module, trainer = self.module, self.module.trainer
         paths = paths_of(self._loader.dataset)
-        found = identify([paths[place] for place in drawn] if paths else []) if trainer.is_global_zero else None
+        found = identify([paths[index] for index in drawn] if paths else []) if trainer.is_global_zero else None
         names, sizes, digests = cast("tuple[list[str], list[int], list[str]]", trainer.strategy.broadcast(found))
         held = hold_out(len(drawn), module.holdout, seed, trainer.world_size)
         if before and before.identified and before.held_out and before.holdout == module.holdout:
-            again = [place for place, digest in enumerate(digests) if digest in before.held_out_digests]
+            again = [index for index, digest in enumerate(digests) if digest in before.held_out_digests]
             if len(again) == len(before.held_out):
-                held = sorted({*again, *(place for place in held if digests[place] not in before.trained_digests)})
+                held = sorted({*again, *(index for index in held if digests[index] not in before.trained_digests)})
         return DataRecord(names, sizes, digests, held, module.holdout, seed)
 
     def _may_keep(self) -> bool:
@@ -194,12 +194,12 @@ class NormalImages:
         return False
 
     @torch.no_grad()
-    def _keep(self, places: Sequence[int]) -> FeatureCache | None:
+    def _keep(self, indices: Sequence[int]) -> FeatureCache | None:
         """Read each image and run the teacher on it once."""
         module, size = self.module, self._batch_size
         cache, start = None, 0
-        total = -(-len(places) // size)
-        batches = read(self._loader, places, size)
+        total = -(-len(indices) // size)
+        batches = read(self._loader, indices, size)
         for batch in track(
             batches, "reading images and teacher features", total, disable=not module.trainer.is_global_zero
         ):
@@ -209,7 +209,7 @@ class NormalImages:
                 step = size * activation_bytes(module, self._prepared(images[:1]))
                 example = images[0], [level[0] for level in teacher]
                 cache = open_cache(
-                    module.cache, module.cache_dir, len(places), *example, step, module.trainer.num_devices
+                    module.cache, module.cache_dir, len(indices), *example, step, module.trainer.num_devices
                 )
             if cache is None:
                 return None
@@ -224,14 +224,14 @@ class NormalImages:
         images = images.to(self.module.device)
         return self.module.transform(images) if self.module.transform else images
 
-    def _read(self, places: Sequence[int], start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Yield images and unit vectors at places in the data set, kept in the cache from ``start`` on."""
+    def _read(self, indices: Sequence[int], start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield images and unit vectors at indices in the data set, kept in the cache from ``start`` on."""
         if self._cache is None:
-            for batch in read(self._loader, places, self._batch_size):
+            for batch in read(self._loader, indices, self._batch_size):
                 images = self._prepared(images_of(batch))
                 yield images, self.module.model.teach(images)
         else:
-            for kept in torch.arange(start, start + len(places)).split(self._batch_size):
+            for kept in torch.arange(start, start + len(indices)).split(self._batch_size):
                 images, teacher = self._cache.get(kept)
                 yield self._prepared(images), [level.to(self.module.device) for level in teacher]
 

@@ -84,11 +84,11 @@ class RateSchedule(LRScheduler):
         return [self.peak * share for _ in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the cycle."""
+        """The position in the cycle."""
         return {"last_epoch": self.last_epoch, "start": self.start, "end": self.end, "kind": self.kind}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a place in a cycle; :meth:`plan` decides whether it still holds."""
+        """Take a position in a cycle; :meth:`plan` decides whether it still holds."""
         if "kind" in state:  # else of version 0.1.0
             self._planned = state["start"], state["end"], state["kind"]
 

@@ -23,7 +23,7 @@ from .contents import GOOD, UNLABELLED, Contents
 
 
 def write(target: Path, contents: Contents, pictures: Sequence[str], title: str) -> None:
-    """Write the page beside its place, then move it there.
+    """Write the page to a temporary file beside its target, then move it there.
 
     Raises:
         STPMError: It cannot be written.
