@@ -40,6 +40,12 @@ STUDENTS = {  # recipes of `students.py`
     "default 10 %": "STPM, a tenth of the images",
     "paper": "STPM, paper",
 }
+LIGHT = {  # variants of `inference_speed.py light`: rows here, and their labels in the figure
+    "lite0": ("STPM, lite0", "this plugin, Lite0"),
+    "resnet18": ("STPM", "this plugin, ResNet-18"),
+    "padim": ("anomalib PaDiM", "PaDiM"),
+    "patchcore": ("anomalib PatchCore", "PatchCore"),
+}
 METRICS = {
     "image_AUROC": "image AUROC",
     "pixel_AUROC": "pixel AUROC",
@@ -176,6 +182,10 @@ def table(kept: dict[str, dict[str, Any]], file: Path) -> None:
     print(text)
     if groups:
         draw(groups).savefig(file.with_suffix(".png"), dpi=100)
+    speeds = RESULTS / "inference_speed.json"
+    latencies = json.loads(speeds.read_text()).get("light") if speeds.exists() else None
+    if latencies and all((category, name) in groups for category in SIX for name, _ in LIGHT.values()):
+        over_latency(groups, latencies).savefig(file.with_name("accuracy_latency.png"), dpi=110)
 
 
 def six(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> list[list[str]]:
@@ -189,6 +199,27 @@ def six(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> list[list[str]]:
             cells = [f"{mean(values):.4f} ({min(values):.3f})" for values in means]
             lines.append([name, " to ".join(map(str, seeds[:: max(1, len(seeds) - 1)])), *cells])
     return lines
+
+
+def over_latency(groups: dict[tuple[str, str], list[dict[str, Any]]], latencies: dict[str, Any]) -> Any:
+    """Mean image AUROC and PRO of the six categories over the milliseconds of one image in OpenVINO."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, metric in zip(axes, ("image_AUROC", "pixel_AUPRO"), strict=True):
+        for number, (key, (name, label)) in enumerate(LIGHT.items()):
+            value = mean(mean(row["metrics"][metric] for row in groups[category, name]) for category in SIX)
+            variants = latencies["variants"]
+            milliseconds = variants.get(f"{key}, float32", variants.get(key))["p50_ms"]
+            axis.plot(milliseconds, value, "o", color=f"C{number}", markersize=9)
+            axis.annotate(label, (milliseconds, value), xytext=(0, 8), textcoords="offset points", ha="center", size=9)
+            if rounded := variants.get(f"{key}, INT8"):
+                axis.plot([rounded["p50_ms"], milliseconds], [value, value], ":", color=f"C{number}")
+                axis.plot(rounded["p50_ms"], value, "o", color=f"C{number}", markersize=9, fillstyle="none")
+        axis.set(title=f"{METRICS[metric]}, mean of six categories", xlabel="ms an image, OpenVINO, two cores")
+        axis.margins(0.2, 0.25)
+        axis.set_xlim(left=0)
+    return figure
 
 
 def markdown(lines: list[list[str]]) -> str:

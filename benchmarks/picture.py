@@ -1,6 +1,6 @@
-"""Draw the README's picture: one demo image of each defect, its mask and its heat map.
+"""Draw the README's picture: demo images, good and with each defect, and what the model makes of them.
 
-anomalib train -c configs/demo.yaml
+stpm demo
 python -m benchmarks.picture results/STPM/DemoData/plate-v1-80-10-0/latest/weights/lightning/model.ckpt out.png
 """
 
@@ -15,30 +15,40 @@ import torch
 from stpm_plugin import STPM, DemoData
 from stpm_plugin.demo.demo_data import DEFECTS
 
+CALM, LIT = 0.4, 0.7  # of the normalised map, whose threshold is 0.5: below the first no colour, above the second all
+GREEN, RED = "#2e8b57", "#c0392b"
+
 
 def main(checkpoint: str, target: str) -> None:
     """Predict and draw."""
-    model = STPM.load_from_checkpoint(checkpoint).eval()
+    model = STPM.load_from_checkpoint(checkpoint, map_location="cpu").eval()
     datamodule = DemoData(val_split_mode="none")
     datamodule.setup()
-    items = {Path(item.image_path).parent.name: item for item in datamodule.test_data}  # the last of each kind
-    figure, axes = plt.subplots(3, len(DEFECTS) + 1, figsize=(9, 4.8), layout="constrained")
-    for column, kind in zip(axes.T, ["good", *DEFECTS], strict=True):
-        item = items[kind]
+    kinds: dict[str, list] = {}
+    for item in datamodule.test_data:
+        kinds.setdefault(Path(item.image_path).parent.name, []).append(item)
+    items = [*kinds["good"][-2:], *(kinds[kind][-1] for kind in DEFECTS)]
+    figure, axes = plt.subplots(2, len(items), figsize=(10, 3.3), layout="constrained")
+    for column, item in zip(axes.T, items, strict=True):
         with torch.inference_mode():
             prediction = model(item.image.unsqueeze(0))
-        image = item.image.permute(1, 2, 0)
+        image, heat = item.image.permute(1, 2, 0), prediction.anomaly_map[0, 0]
         column[0].imshow(image)
-        column[0].set_title(kind.replace("_", " "), fontsize=11)
-        column[1].imshow(item.gt_mask, cmap="gray", vmin=0, vmax=1)
-        column[2].imshow(image.mean(dim=2), cmap="gray")
-        column[2].imshow(prediction.anomaly_map[0, 0], cmap="inferno", vmin=0, vmax=1, alpha=0.65)
-        column[2].set_xlabel(f"score {prediction.pred_score.item():.2f}", fontsize=10)
-    for row, name in zip(axes, ["image", "truth", "anomaly map"], strict=True):
-        row[0].set_ylabel(name, fontsize=11)
+        column[0].set_title(Path(item.image_path).parent.name.replace("_", " "), fontsize=11)
+        column[0].contour(item.gt_mask, [0.5], colors="white", linewidths=0.8)
+        column[1].imshow(image)
+        shown = ((heat - CALM) / (LIT - CALM)).clamp(0, 1)
+        column[1].imshow(heat, cmap="inferno", vmin=CALM, vmax=1, alpha=0.75 * shown)
+        column[1].contour(heat, [0.5], colors="white", linewidths=1.2)
+        label = "anomalous" if prediction.pred_label.item() else "normal"
+        column[1].set_xlabel(
+            f"{label}, {prediction.pred_score.item():.2f}", fontsize=10, color=RED if label == "anomalous" else GREEN
+        )
+    for row, name in zip(axes, ["image, true mask", "map above threshold"], strict=True):
+        row[0].set_ylabel(name, fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.savefig(target, dpi=100)
+    figure.savefig(target, dpi=110)
 
 
 if __name__ == "__main__":
