@@ -2,7 +2,6 @@
 
     python -m benchmarks.training_speed passes  --root DIR --teacher FILE   # seconds a pass, memory: models in turns
     python -m benchmarks.training_speed growth  --root DIR --teacher FILE   # with the number and the size of images
-    python -m benchmarks.training_speed shares                  # of a training step, beside bare convolutions
     python -m benchmarks.training_speed plot                    # redraw and tabulate what is kept
 
 Each run is the real `anomalib train` in a fresh process; rows are written as they come to
@@ -107,16 +106,12 @@ class Clock(Callback):
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["passes", "growth", "shares", "plot"])
+    parser.add_argument("part", choices=["passes", "growth", "plot"])
     parser.add_argument("--root", type=Path, help="MVTec AD's folder")
     parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
     parser.add_argument("--only", default="", help="run what has this in its name, such as `round 0`")
     args = parser.parse_args()
-    if args.part == "shares":
-        from benchmarks.training_step import shares
-
-        save("shares", shares())
-    elif args.part != "plot":
+    if args.part != "plot":
         with tempfile.TemporaryDirectory() as folder:
             for key, run in runs(args, Path(folder)):
                 if key not in rows() and args.only in key:
