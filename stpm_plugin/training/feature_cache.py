@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import mmap
 import os
 import shutil
 import tempfile
@@ -129,16 +131,18 @@ def _kind(place: torch.device | Path) -> str:
 
 
 def _mapped(directory: Path, count: int) -> Tensor:
-    """Map a new file of ``count`` values; its name is gone at once, so no crash leaves it behind."""
+    """Map a new file of ``count`` values that has no name, so that no crash leaves it behind.
+
+    Windows has no nameless files, and refuses to delete a mapped one: there it goes with the mapping, which holds the
+    last handle of it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     size = count * KEPT_DTYPE.itemsize
-    descriptor, name = tempfile.mkstemp(prefix="stpm-cache-", dir=directory)
-    try:
+    with tempfile.TemporaryFile(prefix="stpm-cache-", dir=directory) as file:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)  # a full disk is an error now, not a bus error later
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a bus error later
+        elif size > shutil.disk_usage(directory).free:  # macOS and Windows; truncating reserves nothing on macOS
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         else:
-            os.truncate(descriptor, size)
-        return torch.from_file(name, shared=True, size=count, dtype=KEPT_DTYPE)
-    finally:
-        os.close(descriptor)
-        Path(name).unlink()
+            file.truncate(size)
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=KEPT_DTYPE)
