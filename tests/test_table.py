@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 from conftest import rows, run
 
@@ -18,6 +19,8 @@ from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.deployment.scorer import Scored
 from stpm_plugin.deployment.table import COLUMNS, Table, stamp
 from stpm_plugin.errors import STPMError
+
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals, limits and locks")
 
 
 @pytest.fixture
@@ -146,11 +149,29 @@ def test_names_that_are_no_text(exported, images, tmp_path):
     assert all(row["path"].startswith("/") for row in rows(table))  # no cell is a formula
 
 
+@posix
 def test_two_processes_write_no_table_together(exported, images, tmp_path, capsys):
     table = tmp_path / "s.csv"
     with Table(table, "model", "settings"):
         assert stpm(["score", str(exported), str(images), "--csv", str(table)]) == 1
     assert "is being written by another process" in capsys.readouterr().err
+
+
+def test_no_open_table_is_replaced_on_windows(tmp_path, monkeypatch):
+    """Windows has no `fcntl`, and refuses to replace an open file."""
+    monkeypatch.setattr("stpm_plugin.deployment.table.fcntl", None)
+    replace, path = Path.replace, tmp_path / "s.csv"
+
+    def strict(source, target):
+        if str(target) in [file.path for file in psutil.Process().open_files()]:
+            raise PermissionError(13, "Permission denied")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", strict)
+    for model in ("old", "new"):
+        with Table(path, model, "settings", restart=True) as table:
+            table.append(Scored("a.png", 0.25, 0.5, "normal", None, 0.001), None)
+    assert [row["model"] for row in rows(path)] == ["new"]
 
 
 def test_a_full_disk_leaves_whole_rows(images, tmp_path, monkeypatch):
@@ -182,6 +203,7 @@ sys.exit(main(["score", *sys.argv[1:]]))
 """
 
 
+@posix
 def test_the_command_says_that_there_is_no_room_and_resumes(exported, images, tmp_path):
     """A limit of 500 bytes a file, in place of a full disk."""
     table = tmp_path / "s.csv"
@@ -195,7 +217,8 @@ def test_the_command_says_that_there_is_no_room_and_resumes(exported, images, tm
     assert len(set(names(table))) == len(rows(table)) == 5
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@posix
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGKILL"])
 def test_a_stopped_command_leaves_whole_rows_and_is_resumed(sent, exported, numbered_images, tmp_path):
     many, table = tmp_path / "many", tmp_path / "s.csv"
     many.mkdir()
@@ -206,9 +229,9 @@ def test_a_stopped_command_leaves_whole_rows_and_is_resumed(sent, exported, numb
     while not (table.exists() and len(table.read_bytes().splitlines()) > 5):
         time.sleep(0.01)
         assert process.poll() is None
-    process.send_signal(sent)
+    process.send_signal(signal.Signals[sent])
     said = process.communicate(timeout=60)[1]
-    if sent == signal.SIGINT:
+    if sent == "SIGINT":
         assert process.returncode == 130
         assert "stopped; run the command again to resume" in said
         assert "Traceback" not in said

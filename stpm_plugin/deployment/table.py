@@ -22,7 +22,7 @@ from .scorer import Scored
 
 try:
     import fcntl
-except ImportError:  # Windows, where an open file cannot be replaced anyway
+except ImportError:  # Windows, where nothing keeps two processes from writing one table
     fcntl = None  # type: ignore[assignment]
 
 COLUMNS = ("path", "score", "raw", "label", "percentile", "latency_ms", "bytes", "modified", "model", "settings")
@@ -95,8 +95,10 @@ class Table:
             self.replaced = len(kept) - len(fresh)
             self.rows = {row[0]: row for row in fresh}
             if old is None or self._torn or len(fresh) < len(kept) or restart:
+                if old is not None and fcntl is None:
+                    old.close()  # Windows replaces no open file; elsewhere closing it would unlock it
                 self._replace(fresh)
-        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
         _lock(self.file, self.path)
         self.length = os.fstat(self.file).st_size
 
