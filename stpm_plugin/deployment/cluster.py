@@ -114,7 +114,7 @@ class Actor:
     ) -> None:
         import ray
 
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps mapped files
             for name, content in ray.get(files).items():
                 Path(folder, name).write_bytes(content)
             here = {name: Path(folder, Path(options[name]).name) for name in ("model", "ignore") if options.get(name)}

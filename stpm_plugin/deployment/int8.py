@@ -67,7 +67,9 @@ def round_model(
     calibration = [trained[index] for index in order[:CALIBRATION_IMAGES]]
     parts = (calibration, [] if max_drop is None else held_out)
     images, held = ([images_of(b).numpy() for b in fitted(read(loader, chosen, 1), size)] for chosen in parts)
-    exact = ov.Core().read_model(source)
+    core = ov.Core()
+    core.set_property({"ENABLE_MMAP": False})  # the caller removes the folder, and Windows keeps mapped files
+    exact = core.read_model(source)
     model = quantize(exact, images, held, max_drop)
     if post_processor is not None:
         post_processor = copy.deepcopy(post_processor)
