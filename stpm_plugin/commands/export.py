@@ -33,7 +33,7 @@ class Export:
             the maps of held-out images change; fp16 halves the file alone.
         int8: The same as --compression int8.
         good: Folder of the good images that trained the model, for int8; where the run says they are, if not given.
-        input_size: Height and width of the images, as [256,256], for a graph of that size alone; any, if not given.
+        input_size: Height and width of the images, as "[256,256]", for a graph of that size alone; any, if not given.
         max_drop: For int8_acq: how far the maps may change, as docs/int8.md says.
         out: Folder to write to; the run's, if not given.
     """

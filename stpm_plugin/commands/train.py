@@ -35,7 +35,7 @@ class Train:
     BAD, trains nothing and is tested beside the bad ones.
 
     Options that begin with --model., --data. or --trainer. go to `anomalib train`, such as
-    --model.init_args.image_size [384,384].
+    --model.init_args.image_size "[384,384]".
 
     Args:
         folder: Good images: a folder of them, or one with a subfolder `good`.
