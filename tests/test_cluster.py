@@ -1,7 +1,5 @@
 """Scoring over a Ray cluster of two nodes on this machine."""
 
-import os
-import signal
 import threading
 import time
 
@@ -34,7 +32,7 @@ def kill_a_worker(killed: list[int], table) -> None:
         time.sleep(0.02)
     for process in psutil.process_iter(["cmdline"]):
         if "MapWorker" in " ".join(process.info["cmdline"] or []):
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             killed.append(process.pid)
             return
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import rows
 
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send a process these signals")
 DEADLINE = 60  # seconds
 
 
