@@ -20,7 +20,7 @@ from stpm_plugin.errors import STPMError
 from stpm_plugin.model.features import FrozenPyramid
 from stpm_plugin.training import selection
 from stpm_plugin.training.data import augments, draw_indices, hold_out, share_out
-from stpm_plugin.training.feature_cache import _place
+from stpm_plugin.training.feature_cache import _storage
 from stpm_plugin.training.schedule import passes_within
 from stpm_plugin.training.selection import CHECKPOINT_KEY
 from stpm_plugin.training.thresholds import STPMPostProcessor
@@ -91,10 +91,10 @@ class _Work:
         self.read, self.taught = [], 0
         get, forward = AnomalibDataset.__getitem__, FrozenPyramid.forward
 
-        def getitem(dataset, place):
+        def getitem(dataset, index):
             if dataset.split == "train":
-                self.read.append(place)
-            return get(dataset, place)
+                self.read.append(index)
+            return get(dataset, index)
 
         def teach(pyramid, images):
             self.taught += len(images)
@@ -136,18 +136,18 @@ def test_data_larger_than_the_memory_share_go_to_disk(trained, demo, tmp_path, m
 
 def test_processes_divide_the_memory_share(monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
-    places = [_place("auto", "folder", need, torch.device("cpu"), 2) for need in (250, 251)]
-    assert places == [torch.device("cpu"), Path("folder")]
-    assert _place("memory", "folder", 10**6, torch.device("cpu"), 2) == torch.device("cpu")
+    storages = [_storage("auto", "folder", need, torch.device("cpu"), 2) for need in (250, 251)]
+    assert storages == [torch.device("cpu"), Path("folder")]
+    assert _storage("memory", "folder", 10**6, torch.device("cpu"), 2) == torch.device("cpu")
 
 
 def test_features_stay_on_a_gpu_with_room(monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1000, 2000))
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
     gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
-    assert [_place("auto", "folder", need, gpu, 1) for need in (500, 501, 5001)] == [gpu, cpu, Path("folder")]
-    assert [_place("memory", "folder", need, gpu, 1) for need in (500, 5001)] == [gpu, cpu]
-    assert _place("disk", "folder", 1, gpu, 1) == Path("folder")
+    assert [_storage("auto", "folder", need, gpu, 1) for need in (500, 501, 5001)] == [gpu, cpu, Path("folder")]
+    assert [_storage("memory", "folder", need, gpu, 1) for need in (500, 5001)] == [gpu, cpu]
+    assert _storage("disk", "folder", 1, gpu, 1) == Path("folder")
 
 
 @pytest.mark.parametrize(("kept", "weights", "metrics"), [("float32", 1e-3, 0.01), ("float16", 0.05, 0.1)])
@@ -287,14 +287,14 @@ def test_of_too_many_images_a_part_is_drawn_and_the_others_are_not_read(tmp_path
     data.prepare_data()
     images = sorted((tmp_path / "data").glob("*/train/good/*.png"))
     drawn = draw_indices(10, 5, seed=3)
-    for place in set(range(10)) - set(drawn):
-        images[place].write_bytes(b"no image")
+    for index in set(range(10)) - set(drawn):
+        images[index].write_bytes(b"no image")
     budget = {"steps": (0, 2), "batch_size": 2, "seed": 3}
     with caplog.at_level("INFO"):
         engine, model = fit(data, tmp_path / "first", None, **budget)
     assert engine.trainer.global_step == 2
     assert "one pass over 10 good images would take more steps than `steps` allows: 5 of them are drawn" in caplog.text
-    assert model.data_record.names == [images[place].name for place in drawn]
+    assert model.data_record.names == [images[index].name for index in drawn]
     assert len(model.data_record.held_out) == 1
     _, again = fit(data, tmp_path / "second", None, Path(engine.best_model_path), **budget)
     assert again.data_record == model.data_record

@@ -30,31 +30,31 @@ class FeatureCache:
         count: Number of images N.
         image: One image (3, H, W).
         teacher: Its unit vectors (C_l, H_l, W_l), for each level.
-        place: Device that keeps them, or directory of the file that does.
+        storage: Device that keeps them, or directory of the file that does.
 
     Raises:
         OSError: The directory has no room or cannot be written.
     """
 
-    def __init__(self, count: int, image: Tensor, teacher: Sequence[Tensor], place: torch.device | Path) -> None:
+    def __init__(self, count: int, image: Tensor, teacher: Sequence[Tensor], storage: torch.device | Path) -> None:
         shapes = [(count, *tensor.shape) for tensor in (image, *teacher)]
-        if isinstance(place, Path):
-            flat = _mapped(place, sum(math.prod(shape) for shape in shapes))
+        if isinstance(storage, Path):
+            flat = _mapped(storage, sum(math.prod(shape) for shape in shapes))
             parts = flat.split([math.prod(shape) for shape in shapes])
             store = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         else:
-            store = [torch.empty(shape, dtype=KEPT_DTYPE, device=place) for shape in shapes]
+            store = [torch.empty(shape, dtype=KEPT_DTYPE, device=storage) for shape in shapes]
         self.images, *self.teacher = store
 
     def put(self, start: int, images: Tensor, teacher: Sequence[Tensor]) -> None:
-        """Keep images (B, 3, H, W) and their unit vectors (B, C_l, H_l, W_l) from place ``start`` on."""
+        """Keep images (B, 3, H, W) and their unit vectors (B, C_l, H_l, W_l) from index ``start`` on."""
         for kept, given in zip((self.images, *self.teacher), (images, *teacher), strict=True):
             kept[start : start + len(given)] = given.to(KEPT_DTYPE)
 
-    def get(self, places: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the images (B, 3, H, W), float32, and unit vectors (B, C_l, H_l, W_l) at ``places`` (B,)."""
-        places = places.to(self.images.device)
-        return self.images[places].float(), [level[places] for level in self.teacher]
+    def get(self, indices: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the images (B, 3, H, W), float32, and unit vectors (B, C_l, H_l, W_l) at ``indices`` (B,)."""
+        indices = indices.to(self.images.device)
+        return self.images[indices].float(), [level[indices] for level in self.teacher]
 
 
 def open_cache(
@@ -83,35 +83,35 @@ def open_cache(
     """
     need = count * sum(tensor.numel() for tensor in (image, *teacher)) * KEPT_DTYPE.itemsize
     device = teacher[0].device
-    place = _place(mode, directory, need, device, processes)
-    if place is None:
+    storage = _storage(mode, directory, need, device, processes)
+    if storage is None:
         return None
-    _announce(count, place, need, device, step)
+    _announce(count, storage, need, device, step)
     try:
-        return FeatureCache(count, image, teacher, place)
+        return FeatureCache(count, image, teacher, storage)
     except OSError as error:
-        free = shutil.disk_usage(place).free / 2**30 if isinstance(place, Path) and place.is_dir() else 0.0
+        free = shutil.disk_usage(storage).free / 2**30 if isinstance(storage, Path) and storage.is_dir() else 0.0
         rank_zero_warn(
-            f"STPM: the cache of {need / 2**30:.2f} GiB finds no room in {place} ({free:.2f} GiB free, "
+            f"STPM: the cache of {need / 2**30:.2f} GiB finds no room in {storage} ({free:.2f} GiB free, "
             f"{error.strerror}): training goes on without it, slower. Point cache_dir at a larger disk to have it."
         )
         return None
 
 
-def _announce(count: int, place: torch.device | Path, need: int, device: torch.device, step: int) -> None:
+def _announce(count: int, storage: torch.device | Path, need: int, device: torch.device, step: int) -> None:
     """Log where ``count`` images go, and what the process will take, bytes of the cache and of a training step."""
     peak = Counter(memory=psutil.Process().memory_info().rss)
     peak[_kind(device)] += step
-    peak[_kind(place)] += need
+    peak[_kind(storage)] += need
     peaks = ", ".join(f"{size / 2**30:.2f} GiB of {kind}" for kind, size in peak.items())
-    where = f"a file in {place}" if isinstance(place, Path) else _kind(place)
+    where = f"a file in {storage}" if isinstance(storage, Path) else _kind(storage)
     rank_zero_info(
         f"STPM: keeping {count} images and their teacher features in {where}, {need / 2**30:.2f} GiB; "
         f"at its peak the process will take about {peaks}."
     )
 
 
-def _place(
+def _storage(
     mode: CacheMode, directory: str | None, need: int, device: torch.device, processes: int
 ) -> torch.device | Path | None:
     """Choose a device or a directory for ``need`` bytes."""
@@ -125,9 +125,9 @@ def _place(
     return Path(directory or tempfile.gettempdir())
 
 
-def _kind(place: torch.device | Path) -> str:
-    """Name what a place is made of."""
-    return "disk" if isinstance(place, Path) else "memory" if place.type == "cpu" else f"{place.type} memory"
+def _kind(storage: torch.device | Path) -> str:
+    """Name what a storage is made of."""
+    return "disk" if isinstance(storage, Path) else "memory" if storage.type == "cpu" else f"{storage.type} memory"
 
 
 def _mapped(directory: Path, count: int) -> Tensor:
