@@ -69,13 +69,14 @@ def main() -> None:
     recipe, share = (of_images[1], int(of_images[2])) if of_images else (args.recipe.removesuffix(" mixed"), 100)
     for category in args.categories:
         for file in sorted(args.kept.glob(f"{args.recipe}, {category.name}, *.pt")):
-            if kept.get(file.stem, {"metrics": {}})["metrics"].keys() < {*WAYS, *SMOOTHED}:
+            wanted = {*WAYS, *(SMOOTHED if args.recipe == "default" else ())}
+            if not kept.get(file.stem, {"metrics": {}})["metrics"].keys() >= wanted:
                 model = STPM(**RECIPES[recipe])
                 student = torch.load(file, weights_only=True)
                 with tempfile.TemporaryDirectory() as folder:
                     root = subset(category.resolve(), share, student["seed"], Path(folder))
                     features = deepest(root / category.name, args.teacher, model)
-                kept[file.stem] = measure(student, *features, model.model.score_share)
+                kept[file.stem] = measure(student, *features, model.model.score_share, smooth=args.recipe == "default")
                 RESULTS.write_text(json.dumps(kept, indent=1))
                 print(file.stem, flush=True)
     RESULTS.with_suffix(".md").write_text(text := table(kept))
@@ -96,8 +97,10 @@ def deepest(category: Path, teacher: str, model: STPM) -> list[Tensor]:
     return [torch.cat([model.model.teach(model.transform(item.image[None]))[-1] for item in part]) for part in parts]
 
 
-def measure(student: dict[str, Any], training: Tensor, test: Tensor, share: float) -> dict[str, Any]:
-    """The five metrics, each way."""
+def measure(
+    student: dict[str, Any], training: Tensor, test: Tensor, share: float, smooth: bool = True
+) -> dict[str, Any]:
+    """The five metrics, each way; ``smooth`` also of smoothed maps."""
     held = hold_out(len(training), student["holdout"], int(student["seed"]))
     trained = training[sorted(set(range(len(training))) - set(held))]
     mean, variance = trained.mean(0), trained.var(0)
@@ -109,7 +112,8 @@ def measure(student: dict[str, Any], training: Tensor, test: Tensor, share: floa
     raised = places(maps, image_score(maps, share, stride), test)
     found = {}
     ways = dict(zip(WAYS, (maps, raised), strict=True))
-    ways |= {f"{way}, smoothed": blurred(one) for way, one in ways.items()}
+    if smooth:
+        ways |= {f"{way}, smoothed": blurred(one) for way, one in ways.items()}
     for way, one in ways.items():
         images = SimpleNamespace(pred_score=image_score(one, share, stride), gt_label=student["labels"])
         pixels = SimpleNamespace(anomaly_map=one[:, 0] / one.max(), gt_mask=student["masks"])

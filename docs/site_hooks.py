@@ -1,4 +1,4 @@
-"""What MkDocs is told beside `mkdocs.yml`: results that stand in `benchmarks/`, and links that leave `docs/`."""
+"""Hooks of the documentation site: pages and figures from `benchmarks/`, and links that leave `docs/`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RESULTS = "../benchmarks/results/"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Take the results' tables, figures and raw rows into the site, where they stand once."""
+    """Add the tables, figures and raw rows of the results to the site."""
     for path in sorted((ROOT / RESULTS.removeprefix("../")).iterdir()):
         if path.suffix in (".md", ".png", ".json", ".csv"):
             files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
