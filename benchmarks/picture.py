@@ -15,7 +15,7 @@ import torch
 from stpm_plugin import STPM, DemoData
 from stpm_plugin.demo.demo_data import DEFECTS
 
-CALM, LIT = 0.4, 0.7  # of the normalised map, whose threshold is 0.5: below the first no colour, above the second all
+CALM, LIT = 0.3, 0.5  # of the normalised map: below the first no colour; the second is the threshold
 GREEN, RED = "#2e8b57", "#c0392b"
 
 
@@ -28,23 +28,23 @@ def main(checkpoint: str, target: str) -> None:
     for item in datamodule.test_data:
         kinds.setdefault(Path(item.image_path).parent.name, []).append(item)
     items = [*kinds["good"][-2:], *(kinds[kind][-1] for kind in DEFECTS)]
-    figure, axes = plt.subplots(2, len(items), figsize=(10, 3.3), layout="constrained")
+    figure, axes = plt.subplots(3, len(items), figsize=(10, 4.7), layout="constrained")
     for column, item in zip(axes.T, items, strict=True):
         with torch.inference_mode():
             prediction = model(item.image.unsqueeze(0))
         image, heat = item.image.permute(1, 2, 0), prediction.anomaly_map[0, 0]
         column[0].imshow(image)
         column[0].set_title(Path(item.image_path).parent.name.replace("_", " "), fontsize=11)
-        column[0].contour(item.gt_mask, [0.5], colors="white", linewidths=0.8)
-        column[1].imshow(image)
+        column[1].imshow(item.gt_mask, cmap="gray", vmin=0, vmax=1)
+        column[2].imshow(image)
         shown = ((heat - CALM) / (LIT - CALM)).clamp(0, 1)
-        column[1].imshow(heat, cmap="inferno", vmin=CALM, vmax=1, alpha=0.75 * shown)
-        column[1].contour(heat, [0.5], colors="white", linewidths=1.2)
+        column[2].imshow(heat, cmap="inferno", vmin=0, vmax=1.4 * LIT, alpha=0.85 * shown)
+        column[2].contour(heat, [LIT], colors="white", linewidths=1.2)
         label = "anomalous" if prediction.pred_label.item() else "normal"
-        column[1].set_xlabel(
+        column[2].set_xlabel(
             f"{label}, {prediction.pred_score.item():.2f}", fontsize=10, color=RED if label == "anomalous" else GREEN
         )
-    for row, name in zip(axes, ["image, true mask", "map above threshold"], strict=True):
+    for row, name in zip(axes, ["image", "truth", "heat map"], strict=True):
         row[0].set_ylabel(name, fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
