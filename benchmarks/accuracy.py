@@ -183,9 +183,9 @@ def table(kept: dict[str, dict[str, Any]], file: Path) -> None:
     if groups:
         draw(groups).savefig(file.with_suffix(".png"), dpi=100)
     speeds = RESULTS / "inference_speed.json"
-    latencies = json.loads(speeds.read_text()).get("light") if speeds.exists() else None
-    if latencies and all((category, name) in groups for category in SIX for name, _ in LIGHT.values()):
-        over_latency(groups, latencies).savefig(file.with_name("accuracy_latency.png"), dpi=110)
+    variants = json.loads(speeds.read_text()).get("light", {}).get("variants", {}) if speeds.exists() else {}
+    if "padim" in variants and all((category, name) in groups for category in SIX for name, _ in LIGHT.values()):
+        over_latency(groups, variants).savefig(file.with_name("accuracy_latency.png"), dpi=110)
 
 
 def six(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> list[list[str]]:
@@ -201,7 +201,7 @@ def six(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> list[list[str]]:
     return lines
 
 
-def over_latency(groups: dict[tuple[str, str], list[dict[str, Any]]], latencies: dict[str, Any]) -> Any:
+def over_latency(groups: dict[tuple[str, str], list[dict[str, Any]]], variants: dict[str, Any]) -> Any:
     """Mean image AUROC and PRO of the six categories over the milliseconds of one image in OpenVINO."""
     import matplotlib.pyplot as plt
 
@@ -209,7 +209,6 @@ def over_latency(groups: dict[tuple[str, str], list[dict[str, Any]]], latencies:
     for axis, metric in zip(axes, ("image_AUROC", "pixel_AUPRO"), strict=True):
         for number, (key, (name, label)) in enumerate(LIGHT.items()):
             value = mean(mean(row["metrics"][metric] for row in groups[category, name]) for category in SIX)
-            variants = latencies["variants"]
             milliseconds = variants.get(f"{key}, float32", variants.get(key))["p50_ms"]
             axis.plot(milliseconds, value, "o", color=f"C{number}", markersize=9)
             axis.annotate(label, (milliseconds, value), xytext=(0, 8), textcoords="offset points", ha="center", size=9)
