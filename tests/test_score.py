@@ -96,6 +96,11 @@ def test_an_image_that_training_reads_otherwise_is_refused(tmp_path, name):
     assert refused == [str(tmp_path / name)]
 
 
+def test_bytes_of_a_jpeg_that_spell_a_chunk_of_a_png_are_pixels(tmp_path):
+    Image.new("RGB", (9, 7), "red").save(tmp_path / "x.jpg", comment=b"acTL")
+    assert [*read_images([str(tmp_path / "x.jpg")], pytest.fail, as_read)]
+
+
 def test_a_heat_map_that_is_not_written_is_said(exported, numbered_images, tmp_path, capsys):
     (tmp_path / "m").write_text("a file where the folder should be")
     command = [str(exported), str(numbered_images), "--csv", str(tmp_path / "s.csv"), "--heatmaps", str(tmp_path / "m")]

@@ -23,7 +23,7 @@ HEATMAP = ".heatmap.jpg"  # ends the names of pictures that are drawn here, whic
 DECODERS = min(4, os.cpu_count() or 1)  # threads: decoding a megapixel takes as long as scoring it
 AHEAD = 4 * DECODERS  # decoded images that may wait
 UNREADABLE = "cannot be read as an image, or not as training reads it: convert it to a plain PNG of 8 bits a channel"
-TIFF = (b"II*\0", b"MM\0*")  # first bytes
+PNG, TIFF = b"\x89PNG", (b"II*\0", b"MM\0*")  # first bytes
 AS_STORED = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 
 
@@ -145,16 +145,17 @@ def decode(path: str) -> np.ndarray | None:
     still image is not one of its frames.
     """
     try:
-        data = np.fromfile(path, np.uint8)
+        content = Path(path).read_bytes()
+        data = np.frombuffer(content, np.uint8)
         image = cv2.imdecode(data, AS_STORED)
     except (OSError, cv2.error):
         return None
     if image is None or (image.dtype, image.ndim) not in [(np.uint8, 2), (np.uint8, 3), (np.uint16, 3)]:
         return None
-    whole = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data[:4].tobytes() in TIFF else None
+    whole = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if content[:4] in TIFF else None
     if whole is not None and whole.shape[2:] == (4,):
         return None
-    head = data.tobytes().partition(b"IDAT")[0]
+    head = content[: content.find(b"IDAT")] if content[:4] == PNG else b""  # of other files it would be all
     if b"acTL" in head and b"fcTL" not in head:
         return None
     if image.ndim == 2:
