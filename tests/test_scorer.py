@@ -16,7 +16,7 @@ from stpm_plugin import STPM, STPMPostProcessor, STPMPreProcessor
 from stpm_plugin.deployment.exported_model import write
 from stpm_plugin.deployment.openvino_export import verdict_of
 from stpm_plugin.deployment.regions import regions
-from stpm_plugin.deployment.resize import resize
+from stpm_plugin.deployment.resize import BLOCK, resize
 from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.deployment.verdict import Scale, Verdict
 from stpm_plugin.errors import STPMError
@@ -51,6 +51,16 @@ def test_resize_by_hand():
     # Two pixels of one: 1/4 and 3/4, then 3/4 and 1/4 of the distances; the outer neighbours weigh 1/4 where there.
     expected = [(0 * 0.75 + 10 * 0.75 + 20 * 0.25) / 1.75, (10 * 0.25 + 20 * 0.75 + 30 * 0.75) / 1.75]
     np.testing.assert_allclose(resize(rows, (2, 1))[:, 0, 0], expected, rtol=1e-6)
+
+
+def test_a_ramp_stays_a_ramp_from_block_to_block():
+    wanted = 2 * BLOCK + 5
+    ramp = np.arange(3 * wanted, dtype=np.uint8)
+    expected = 3 * np.arange(1, wanted - 1) + 1  # a symmetric mean of a ramp is its value at the centre
+    for axis in (0, 1):
+        image = np.expand_dims(ramp, (1 - axis, 2))
+        made = resize(image, (wanted, 1) if axis == 0 else (1, wanted)).ravel()
+        np.testing.assert_allclose(made[1:-1], expected, atol=1e-4)  # the border lacks neighbours
 
 
 @pytest.fixture(scope="module")
