@@ -12,7 +12,7 @@ from conftest import rows
 from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.deployment.report.contents import GOOD, Contents, Shown, beside, by_folder, contents_of, pictures
 from stpm_plugin.deployment.report.page import as_script, data_of, link_to, write
-from stpm_plugin.deployment.scorer import in_words, options_in
+from stpm_plugin.deployment.settings import in_words, options_in
 from stpm_plugin.deployment.verdict import Scale, Verdict
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

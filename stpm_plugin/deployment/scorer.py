@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import openvino as ov
@@ -17,7 +17,7 @@ from .exported_model import digest, files_of, last_line, read_model, size_of, te
 from .images import UNREADABLE, read_images
 from .regions import Region, read_ignored, regions, shrunk
 from .resize import resize
-from .settings import Hint, Precision
+from .settings import Hint, Precision, check, in_words
 from .verdict import RAW_MAP, RAW_SCORE, Scale, Verdict, read_verdict
 
 AS_EXPORTED = Scale(0.5)  # outputs of a model that describes no verdict: 0.5 is the threshold
@@ -106,7 +106,9 @@ class Scorer:
         self.labels = any("pred_label" in output.get_names() for output in network.outputs)
         self.verdict = changed(read_verdict(network, path), path, threshold, sensitivity, ignore)
         self.ignore, self.ignored = ignore, None if ignore is None else read_ignored(ignore)
-        self.settings = in_words(device, precision, threshold, sensitivity, ignore)
+        self.settings = in_words(
+            device, precision, threshold, sensitivity, None if ignore is None else digest([Path(ignore)])
+        )
         self.size = size_of(network)
         if self.verdict is not None:
             network = ov.Model([tensor_of(network, name) for name in (RAW_SCORE, RAW_MAP)], network.get_parameters())
@@ -253,22 +255,6 @@ class Scorer:
         return float(self.verdict.pixel.limit) if self.verdict.normalize else self.verdict.pixel.raw_limit
 
 
-def check(hint: str, precision: str, batch: int, threads: int | None) -> None:
-    """Refuse settings that no model takes.
-
-    Raises:
-        STPMError: One is out of range; names it.
-    """
-    for name, value, known in (("hint", hint, get_args(Hint)), ("precision", precision, get_args(Precision))):
-        if value not in known:
-            msg = f"{name}={value} must be one of {', '.join(known)}."
-            raise STPMError(msg)
-    for name, count in (("batch", batch), ("threads", threads)):
-        if count is not None and count < 1:
-            msg = f"{name}={count} must be at least 1."
-            raise STPMError(msg)
-
-
 def changed(
     verdict: Verdict | None,
     model: Path,
@@ -292,23 +278,6 @@ def changed(
     if threshold is not None:
         return verdict.with_threshold(threshold)
     return verdict if sensitivity is None else verdict.with_sensitivity(sensitivity)
-
-
-def in_words(
-    device: str, precision: str, threshold: float | None, sensitivity: float | None, ignore: str | Path | None
-) -> str:
-    """The options that decide a verdict: rows of equal words and of one model compare."""
-    words = [f"{device} {precision}"]
-    words += [] if threshold is None else [f"threshold {float(threshold)!r}"]
-    words += [] if sensitivity is None else [f"sensitivity {float(sensitivity)!r}"]
-    words += [] if ignore is None else [f"ignore {digest([Path(ignore)])[:8]}"]
-    return ", ".join(words)
-
-
-def options_in(words: str) -> dict[str, float]:
-    """The threshold or the sensitivity in words that :func:`in_words` gave."""
-    pairs = (part.split(" ") for part in words.split(", ")[1:])
-    return {name: float(value) for name, value in pairs if name in ("threshold", "sensitivity")}
 
 
 def compiled(core: ov.Core, network: ov.Model, device: str, options: dict[str, Any]) -> ov.CompiledModel:

@@ -1,6 +1,43 @@
-"""The words that name how a model is run."""
+"""The words that name how a model is run, and which of them decide a verdict."""
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from ..errors import STPMError
 
 Hint = Literal["latency", "throughput"]
 Precision = Literal["f32", "bf16", "f16"]
+
+
+def check(hint: str, precision: str, batch: int, threads: int | None) -> None:
+    """Refuse settings that no model takes.
+
+    Raises:
+        STPMError: One is out of range; names it.
+    """
+    for name, value, known in (("hint", hint, get_args(Hint)), ("precision", precision, get_args(Precision))):
+        if value not in known:
+            msg = f"{name}={value} must be one of {', '.join(known)}."
+            raise STPMError(msg)
+    for name, count in (("batch", batch), ("threads", threads)):
+        if count is not None and count < 1:
+            msg = f"{name}={count} must be at least 1."
+            raise STPMError(msg)
+
+
+def in_words(
+    device: str, precision: str, threshold: float | None, sensitivity: float | None, ignored: str | None
+) -> str:
+    """The options that decide a verdict, ``ignored`` by its hash: rows of equal words and of one model compare."""
+    words = [f"{device} {precision}"]
+    words += [] if threshold is None else [f"threshold {float(threshold)!r}"]
+    words += [] if sensitivity is None else [f"sensitivity {float(sensitivity)!r}"]
+    words += [] if ignored is None else [f"ignore {ignored[:8]}"]
+    return ", ".join(words)
+
+
+def options_in(words: str) -> dict[str, float]:
+    """The threshold or the sensitivity in words that :func:`in_words` gave."""
+    pairs = (part.split(" ") for part in words.split(", ")[1:])
+    return {name: float(value) for name, value in pairs if name in ("threshold", "sensitivity")}

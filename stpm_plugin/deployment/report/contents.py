@@ -19,7 +19,8 @@ from ...errors import STPMError
 from ...training.data_record import SHORT, identify
 from ..exported_model import HELD_OUT, TRAINED, digest, files_of, images_of, read_model
 from ..images import DECODERS, HEATMAP, decode
-from ..scorer import changed, options_in
+from ..scorer import changed
+from ..settings import options_in
 from ..table import Stamp, read_rows, stamp, video_of
 from ..verdict import Scale, Verdict, read_verdict
 
