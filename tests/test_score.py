@@ -14,7 +14,7 @@ from PIL import Image
 
 from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.deployment.heatmaps import overlay
-from stpm_plugin.deployment.images import find_images, read_images
+from stpm_plugin.deployment.images import decode, find_images, jpeg_size, read_images
 from stpm_plugin.errors import STPMError
 
 
@@ -99,6 +99,47 @@ def test_an_image_that_training_reads_otherwise_is_refused(tmp_path, name):
 def test_bytes_of_a_jpeg_that_spell_a_chunk_of_a_png_are_pixels(tmp_path):
     Image.new("RGB", (9, 7), "red").save(tmp_path / "x.jpg", comment=b"acTL")
     assert [*read_images([str(tmp_path / "x.jpg")], pytest.fail, as_read)]
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"), [((383, 400), 1), ((384, 400), 2), ((400, 1600), 2), ((768, 769), 4), ((1537, 1536), 8)]
+)
+def test_a_reduced_jpeg_keeps_three_pixels_for_one(tmp_path, size, factor):
+    slope = np.add.outer(np.arange(size[0]), np.arange(size[1])) // 16
+    for options in ({"quality": 95}, {"progressive": True, "comment": b"\xff\xc0" * 50}):
+        Image.fromarray(slope.astype(np.uint8)).convert("RGB").save(tmp_path / "x.jpg", **options)
+        assert jpeg_size((tmp_path / "x.jpg").read_bytes()) == size
+        image = decode(str(tmp_path / "x.jpg"), (64, 64))
+        assert image.shape == (-(-size[0] // factor), -(-size[1] // factor), 3)
+        expected = slope[factor // 2 :: factor, factor // 2 :: factor]
+        height, width = expected.shape
+        np.testing.assert_allclose(image[:height, :width, 0], expected, atol=2)
+
+
+def test_only_large_jpegs_are_reduced(tmp_path):
+    image = Image.effect_noise((640, 640), 50).convert("RGB")
+    for name, network in [("x.png", (64, 64)), ("x.jpg", (108, 108))]:
+        image.save(tmp_path / name)
+        path = str(tmp_path / name)
+        assert jpeg_size((tmp_path / name).read_bytes()) == (None if name == "x.png" else (640, 640))
+        np.testing.assert_array_equal(decode(path, network), decode(path))
+
+
+def test_reduced_decoding_is_a_setting_of_its_rows(exported, tmp_path, capsys):
+    image = Image.effect_noise((640, 640), 50).convert("RGB")
+    image.save(tmp_path / "x.jpg")
+    command = ["score", str(exported), str(tmp_path / "x.jpg"), "--csv", str(tmp_path / "s.csv")]
+    assert stpm([*command, "--reduced-decode"]) == 0
+    (row,) = rows(tmp_path / "s.csv")
+    assert row["settings"] == "CPU f32, decode reduced"
+    assert stpm(command) == 1
+    assert "holds scores by other settings (CPU f32, decode reduced)" in capsys.readouterr().err
+    assert stpm([*command, "--restart"]) == 0
+    (plain,) = rows(tmp_path / "s.csv")
+    assert float(row["raw"]) != float(plain["raw"])
+    assert float(row["raw"]) == pytest.approx(float(plain["raw"]), rel=0.1)
+    assert stpm([*command, "--reduced-decode", "--json"]) == 1
+    assert "leave out --json, --heatmaps and --ignore" in capsys.readouterr().err
 
 
 def test_a_heat_map_that_is_not_written_is_said(exported, numbered_images, tmp_path, capsys):

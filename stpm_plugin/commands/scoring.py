@@ -90,7 +90,8 @@ class Run:
 
     def _worker(self) -> Cluster | Worker:
         """Load the model, here or over a cluster."""
-        names = ("model", "device", "hint", "batch", "precision", "threads", "threshold", "sensitivity", "ignore")
+        names = ["model", "device", "hint", "batch", "precision", "threads"]
+        names += ["threshold", "sensitivity", "ignore", "reduced_decode"]
         options: dict[str, Any] = {name: getattr(self.options, name) for name in names}
         if self.options.ray:
             from ..deployment.cluster import Cluster  # Ray takes a second to import, and few have it

@@ -75,6 +75,8 @@ class Scorer:
         threshold: Raw image score above which an image is anomalous, instead of the model's.
         sensitivity: Instead of the model's, in (0, 1): above 0.5 finds more, below raises fewer false alarms.
         ignore: Image file whose white parts are ignored, of the images' size.
+        reduced_decode: Decode large JPEGs to a part of their size: sooner, and scores move a little. Files alone, and
+            without maps.
 
     Attributes:
         digest: Hash of the model's files.
@@ -98,6 +100,7 @@ class Scorer:
         threshold: float | None = None,
         sensitivity: float | None = None,
         ignore: str | Path | None = None,
+        reduced_decode: bool = False,
     ) -> None:
         check(hint, precision, batch, threads)
         core, path = ov.Core(), Path(model)
@@ -106,10 +109,13 @@ class Scorer:
         self.labels = any("pred_label" in output.get_names() for output in network.outputs)
         self.verdict = changed(read_verdict(network, path), path, threshold, sensitivity, ignore)
         self.ignore, self.ignored = ignore, None if ignore is None else read_ignored(ignore)
-        self.settings = in_words(
-            device, precision, threshold, sensitivity, None if ignore is None else digest([Path(ignore)])
-        )
+        mask = None if ignore is None else digest([Path(ignore)])
+        self.settings = in_words(device, precision, threshold, sensitivity, mask, reduced_decode)
         self.size = size_of(network)
+        self.reduce_to = self.size if reduced_decode else None
+        if reduced_decode and (self.size is None or ignore is not None):
+            msg = "reduced_decode needs a model that resizes images first, and no mask, which would not fit."
+            raise STPMError(msg)
         if self.verdict is not None:
             network = ov.Model([tensor_of(network, name) for name in (RAW_SCORE, RAW_MAP)], network.get_parameters())
         if self.size is not None:  # a graph of one size is compiled once, and takes images of all sizes in one batch
@@ -139,11 +145,15 @@ class Scorer:
             One verdict per readable file, in order.
 
         Raises:
-            STPMError: A file cannot be read, and ``unreadable`` is ``None``; or a score is not finite.
+            STPMError: A file cannot be read, and ``unreadable`` is ``None``; a score is not finite; or maps are
+                requested of images that are decoded to a part of their size.
         """
+        if maps and self.reduce_to is not None:
+            msg = "reduced_decode gives scores and labels alone: leave out maps, regions and heat maps."
+            raise STPMError(msg)
         paths = (str(path) for path in files)
         prepare = functools.partial(self._prepare, keep=maps)
-        return self._infer(read_images(paths, unreadable or _refuse, prepare, skip), maps)
+        return self._infer(read_images(paths, unreadable or _refuse, prepare, skip, self.reduce_to), maps)
 
     def score_arrays(
         self, images: Iterable[tuple[str, np.ndarray]], channels: str, maps: bool = False

@@ -27,13 +27,19 @@ def check(hint: str, precision: str, batch: int, threads: int | None) -> None:
 
 
 def in_words(
-    device: str, precision: str, threshold: float | None, sensitivity: float | None, ignored: str | None
+    device: str,
+    precision: str,
+    threshold: float | None,
+    sensitivity: float | None,
+    ignored: str | None,
+    reduced_decode: bool = False,
 ) -> str:
     """The options that decide a verdict, ``ignored`` by its hash: rows of equal words and of one model compare."""
     words = [f"{device} {precision}"]
     words += [] if threshold is None else [f"threshold {float(threshold)!r}"]
     words += [] if sensitivity is None else [f"sensitivity {float(sensitivity)!r}"]
     words += [] if ignored is None else [f"ignore {ignored[:8]}"]
+    words += ["decode reduced"] if reduced_decode else []
     return ", ".join(words)
 
 
