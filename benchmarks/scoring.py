@@ -4,20 +4,27 @@
     python -m benchmarks.scoring drift     --checkpoint CKPT --images DIR/bottle      # a change of light is noticed
     python -m benchmarks.scoring threshold --checkpoint CKPT --images DIR/screw      # anew, on INT8
     python -m benchmarks.scoring bfloat16  --checkpoint CKPT --images DIR/bottle      # what the resize loses in it
+    python -m benchmarks.scoring files     --model MODEL.xml --images DIR/screw       # PNG and JPEG, 1 to 12 MP
+    python -m benchmarks.scoring reduced   --model MODEL.xml --images DIR/screw       # scores of JPEGs decoded smaller
     python -m benchmarks.scoring table                                                # from what is kept
 
 Rows are kept in `results/scoring.json`. `drift` also counts false warnings on the raw scores that
-`benchmarks.false_alarms` keeps, without a model. Images are official test images; no threshold or window was chosen on
-them.
+`benchmarks.false_alarms` keeps, without a model. `files` times `stpm score` beside that of an `--older` checkout and
+anomalib's inferencer in a loop, in turns. Images are official test images; no threshold or window was chosen on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import cv2
@@ -41,17 +48,39 @@ LIGHT = {"as it is": (1.0, 0), "0.95 as bright": (0.95, 0), "0.9 as bright": (0.
 LIGHT |= {"1.1 times as bright": (1.1, 0), "1.2 times as bright": (1.2, 0), "20 levels brighter": (1.0, 20)}
 ASKED = (0.2, 0.1, 0.05)
 DRAWS = 2000
+SIDES = {"1 MP": (1024, 24), "4 MP": (2048, 16), "12 MP": (3464, 10)}  # pixels along a side, images
+ROUNDS = 3
+MOVED = 4  # every fourth test image
+SCORE = """
+import pathlib, sys, tempfile, time
+from stpm_plugin.commands.entry import main
+model, folder, *options = sys.argv[1:]
+files = sorted(str(file) for file in pathlib.Path(folder).iterdir())
+def seconds(images):
+    with tempfile.TemporaryDirectory() as place:
+        wall, cpu = time.perf_counter(), time.process_time()
+        if main(["score", model, *images, "--csv", f"{place}/scores.csv", *options]):
+            raise SystemExit(1)
+        return time.perf_counter() - wall, time.process_time() - cpu
+seconds(files[:1])
+for several, one in zip(seconds(files), seconds(files[:1])):
+    print((several - one) / (len(files) - 1))
+"""
 
 
 def main() -> None:
     """Run one part, then tabulate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["grid", "drift", "threshold", "bfloat16", "table"])
+    parser.add_argument("part", choices=["grid", "drift", "threshold", "bfloat16", "files", "reduced", "table"])
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--images", type=Path, help="folder in MVTec AD's layout: the checkpoint's category")
+    parser.add_argument("--model", type=Path, help="exported model, for files and reduced")
+    parser.add_argument("--older", type=Path, help="checkout of another version, for files")
     args = parser.parse_args()
+    parts = {"grid": grid, "drift": light, "threshold": anew, "bfloat16": rounded_sums}
+    parts |= {"files": from_files, "reduced": reduced}
     if args.part != "table":
-        rows = {"grid": grid, "drift": light, "threshold": anew, "bfloat16": rounded_sums}[args.part](args)
+        rows = parts[args.part](args)
         kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         for key, row in rows.items():
             kept[key] = row | environment(f"python -m benchmarks.scoring {args.part}")
@@ -187,6 +216,78 @@ def rounded_sums(args: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
+def photograph(path: Path, side: int) -> np.ndarray:
+    """A test image at another size, with a camera's noise of two grey levels, without which it is too smooth."""
+    rng = np.random.default_rng(side)
+    image = cv2.resize(decode(str(path)), (side, side), interpolation=cv2.INTER_CUBIC)
+    return np.clip(image + rng.normal(0, 2, image.shape), 0, 255).round().astype(np.uint8)
+
+
+def from_files(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds per image from files to scores, start-up left out, in turns; and of all cores' time."""
+    from anomalib.deploy import OpenVINOInferencer
+
+    here = Path(__file__).parents[1]
+    model, originals, rows = args.model.resolve(), images_below(args.images.resolve() / "test"), {}
+    inferencer = OpenVINOInferencer(model, config={"INFERENCE_PRECISION_HINT": "f32"})
+
+    def score(checkout: Path, folder: str, *options: str) -> list[float]:
+        command = [sys.executable, "-W", "ignore", "-c", SCORE, str(model), folder, *options]
+        where = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+        done = subprocess.run(command, env=where, cwd=folder, capture_output=True, text=True, check=True)
+        return [float(seconds) for seconds in done.stdout.split()]
+
+    def loop(folder: str) -> list[float]:
+        files = sorted(Path(folder).iterdir())
+        inferencer.predict(files[0])
+        wall, cpu = time.perf_counter(), time.process_time()
+        for file in files[1:]:
+            inferencer.predict(file)
+        return [spent / (len(files) - 1) for spent in (time.perf_counter() - wall, time.process_time() - cpu)]
+
+    for name, (side, count) in SIDES.items():
+        for kind in ("png", "jpg"):
+            with tempfile.TemporaryDirectory() as folder:
+                for number, path in enumerate(originals[:: len(originals) // (count + 1)][: count + 1]):
+                    quality = [cv2.IMWRITE_JPEG_QUALITY, 95] if kind == "jpg" else []
+                    cv2.imwrite(f"{folder}/{number}.{kind}", photograph(Path(path), side), quality)
+                ways = {"score": lambda: score(here, folder), "OpenVINOInferencer in a loop": lambda: loop(folder)}
+                if args.older:
+                    ways["score before"] = lambda: score(args.older, folder)
+                if kind == "jpg":
+                    ways["score, reduced decode"] = lambda: score(here, folder, "--reduced-decode")
+                spent: dict[str, list[list[float]]] = defaultdict(list)  # of each round, by the clock and of the cores
+                for _ in range(ROUNDS):
+                    for way, timed in ways.items():
+                        spent[way].append([round(1000 * seconds, 1) for seconds in timed()])
+            rows[f"files, {name}, {kind}"] = {
+                "milliseconds": spent,
+                "images": count,
+                "openvino": ov.__version__,
+                "opencv": cv2.__version__,
+            }
+            print(name, kind, json.dumps(spent), flush=True)
+    return rows
+
+
+def reduced(args: argparse.Namespace) -> dict[str, Any]:
+    """How far scores and labels of JPEGs move where they are decoded to a part of their size."""
+    plain, faster = (Scorer(args.model, reduced_decode=chosen) for chosen in (False, True))
+    originals, rows = images_below(args.images / "test")[::MOVED], {}
+    for name, (side, _) in SIDES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            files = [f"{folder}/{number}.jpg" for number in range(len(originals))]
+            for path, file in zip(originals, files, strict=True):
+                cv2.imwrite(file, photograph(Path(path), side), [cv2.IMWRITE_JPEG_QUALITY, 95])
+            before, after = (list(scorer.score(files)) for scorer in (plain, faster))
+        moved = [abs(a.score - b.score) for a, b in zip(after, before, strict=True)]
+        labels = sum(a.label != b.label for a, b in zip(after, before, strict=True))
+        row = {"mean": mean(moved), "most": max(moved), "other_labels": labels, "images": len(moved)}
+        rows[f"reduced decode, {args.images.name}, {name}"] = row
+        print(name, row, flush=True)
+    return rows
+
+
 def table(kept: dict[str, Any]) -> str:
     """Tables of what is kept."""
     grids = {key[6:]: row for key, row in kept.items() if key.startswith("grid")}
@@ -214,6 +315,26 @@ def table(kept: dict[str, Any]) -> str:
         if key.startswith("threshold"):
             cells = [f"{row[name]:.1%}" for name in ("asked", "expected", "found")]
             text += f"| {key.split(', ')[1]} | {row['good_images']} | {' | '.join(cells)} |\n"
+    text += (
+        "\nMilliseconds per image from files to scores, start-up left out: by the clock; of all cores' time. Mean and "
+    )
+    text += "deviation of the rounds:\n\n"
+    timed = {key: row for key, row in kept.items() if key.startswith("files")}
+    ways = sorted({way for row in timed.values() for way in row["milliseconds"]})
+    text += f"| images | {' | '.join(ways)} |\n|---|{'---|' * len(ways)}\n"
+    for key, row in timed.items():
+        found = [row["milliseconds"].get(way) for way in ways]
+        cells = [
+            "" if one is None else "; ".join(f"{mean(part):.0f} ± {stdev(part):.0f}" for part in zip(*one, strict=True))
+            for one in found
+        ]
+        text += f"| {key.removeprefix('files, ')} | {' | '.join(cells)} |\n"
+    text += "\nScores of JPEGs move by `--reduced-decode`, mean and most; other labels:\n\n"
+    text += "| category, image | mean | most | other labels |\n|---|---|---|---|\n"
+    for key, row in kept.items():
+        if key.startswith("reduced"):
+            cells = [f"{row['mean']:.4f}", f"{row['most']:.4f}", f"{row['other_labels']} of {row['images']}"]
+            text += f"| {key.removeprefix('reduced decode, ')} | {' | '.join(cells)} |\n"
     return text
 
 
