@@ -30,12 +30,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.environment import environment
-from benchmarks.students import LITE0, PAPER
+from benchmarks.students import LITE0, PAPER, SIZE
 from stpm_plugin import STPM
 from stpm_plugin.model.matching import matching_loss
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
-SIZE = (256, 256)
 BATCHES = (1, 32)
 WARM, TIMED = 10, 100
 CHAIN = ("layer1", "layer2", "layer3")

@@ -190,13 +190,10 @@ def measure(file: Path, part: str) -> None:
     student = torch.load(file, weights_only=True)
     row["run"] = student["run"]
     if part == "levels":
-        row["levels"] = {}
-        for name, chosen in LEVELS.items():
-            maps = anomaly_map([student["test"][level] for level in chosen], SIZE)
-            found = detected(image_score(maps, SHARE, STRIDE), student["labels"])
-            row["levels"][name] = [found, *localised(maps, student["masks"])]
-    for name, head in MAPS.items() if part != "levels" else ():
-        if name in row["maps"] if part == "maps" else row["scores"].get(name, {}).keys() >= SCORES.keys():
+        row["levels"] = {name: by_levels(student, chosen) for name, chosen in LEVELS.items()}
+    for name, head in MAPS.items():
+        done = {"maps": name in row["maps"], "scores": row["scores"].get(name, {}).keys() >= SCORES.keys()}
+        if done.get(part, True):
             continue
         maps = head(student["test"], student["good"])
         if part == "maps":
@@ -205,6 +202,12 @@ def measure(file: Path, part: str) -> None:
             row["scores"][name] = {score: detected(of(maps), student["labels"]) for score, of in SCORES.items()}
     RESULTS.write_text(json.dumps(kept, indent=1))
     print(file.stem, flush=True)
+
+
+def by_levels(student: dict[str, Any], chosen: tuple[int, ...]) -> list[float]:
+    """Image AUROC, pixel AUROC and PRO of the package's map and score of some levels."""
+    maps = anomaly_map([student["test"][level] for level in chosen], SIZE)
+    return [detected(image_score(maps, SHARE, STRIDE), student["labels"]), *localised(maps, student["masks"])]
 
 
 def localised(maps: Tensor, masks: Tensor) -> list[float]:

@@ -113,8 +113,8 @@ def subset(source: Path, share: int, seed: int, folder: Path) -> Path:
         files = sorted((source / "train/good").iterdir())
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
         (target / "train/good").mkdir(parents=True)
-        for place in order[: max(3, round(len(files) * share / 100))]:
-            shutil.copyfile(files[place], target / "train/good" / files[place].name)
+        for index in order[: max(3, round(len(files) * share / 100))]:
+            shutil.copyfile(files[index], target / "train/good" / files[index].name)
         for part in ("test", "ground_truth"):  # no links: anomalib lists no file that leaves the root
             shutil.copytree(source / part, target / part, copy_function=shutil.copyfile)
     return root
