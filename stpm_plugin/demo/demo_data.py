@@ -14,8 +14,9 @@ from torchvision.transforms.v2 import Transform
 
 from ..register import publish
 
-SIDE = 256  # pixels of an image
-DRAW = 2  # drawn at twice the size and reduced, so that edges are smooth
+SIDE = 256  # pixels of an image, by default
+DRAW = 2  # drawn at twice the size and reduced, so that edges are smooth, up to images of LARGE pixels
+LARGE = 1024
 VERSION = 1  # raise when the drawing changes, so that old images are not taken for new ones
 
 
@@ -29,6 +30,9 @@ class DemoData(AnomalibDataModule):
         root: Folder for the images; drawn when missing.
         train_images: Good images to train on.
         test_images: Images of each test kind: good ones, and each of the five defects.
+        image_side: Height and width of the images, pixels.
+        defect_pixels: Smallest and largest extent of the defects, pixels; ``None`` for some that grow with the images.
+            With it there are no plugged holes, whose size is the part's.
         train_batch_size: Images in a training batch.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Processes that read images; 0 reads them in the main process.
@@ -49,6 +53,8 @@ class DemoData(AnomalibDataModule):
         root: Path | str = "./datasets/stpm_demo",
         train_images: int = 80,
         test_images: int = 10,
+        image_side: int = SIDE,
+        defect_pixels: tuple[int, int] | None = None,
         train_batch_size: int = 8,
         eval_batch_size: int = 8,
         num_workers: int = 0,
@@ -75,7 +81,10 @@ class DemoData(AnomalibDataModule):
         )
         self.root = Path(root)
         self.train_images, self.test_images = train_images, test_images
+        self.image_side, self.defect_pixels = image_side, defect_pixels
         self.category = f"plate-v{VERSION}-{train_images}-{test_images}-{seed}"
+        if image_side != SIDE or defect_pixels:
+            self.category += "-" + "-".join(str(number) for number in (image_side, *(defect_pixels or ())))
 
     def prepare_data(self) -> None:
         """Draw the images, unless they are there."""
@@ -84,7 +93,7 @@ class DemoData(AnomalibDataModule):
             return
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        draw(unfinished, self.train_images, self.test_images, self.seed)
+        draw(unfinished, self.train_images, self.test_images, self.seed, self.image_side, self.defect_pixels)
         unfinished.rename(folder)
 
     def _setup(self, _stage: str | None = None) -> None:
@@ -93,7 +102,14 @@ class DemoData(AnomalibDataModule):
         self.test_data = MVTecADDataset(root=self.root, category=self.category, split=Split.TEST)
 
 
-def draw(folder: Path, train_images: int, test_images: int, seed: int) -> None:
+def draw(
+    folder: Path,
+    train_images: int,
+    test_images: int,
+    seed: int,
+    image_side: int = SIDE,
+    defect_pixels: tuple[int, int] | None = None,
+) -> None:
     """Draw a data set in MVTec AD's layout.
 
     Args:
@@ -101,41 +117,58 @@ def draw(folder: Path, train_images: int, test_images: int, seed: int) -> None:
         train_images: Good images in ``train/good``.
         test_images: Images of each kind in ``test``.
         seed: The same seed draws the same images.
+        image_side: Height and width of the images, pixels.
+        defect_pixels: As in :class:`DemoData`.
     """
-    for part, count, kinds in (("train", train_images, ["good"]), ("test", test_images, ["good", *DEFECTS])):
+    defects = [kind for kind in DEFECTS if defect_pixels is None or kind != "plugged_hole"]
+    for part, count, kinds in (("train", train_images, ["good"]), ("test", test_images, ["good", *defects])):
         for kind in kinds:
             (folder / part / kind).mkdir(parents=True)
             if kind != "good":
                 (folder / "ground_truth" / kind).mkdir(parents=True)
             for index in range(count):
                 rng = np.random.default_rng([seed, part == "test", [*DEFECTS, "good"].index(kind), index])
-                image, mask = scene(rng, kind)
+                image, mask = scene(rng, kind, image_side, defect_pixels)
                 Image.fromarray(image).save(folder / part / kind / f"{index:03}.png")
                 if kind != "good":
                     Image.fromarray(mask).save(folder / "ground_truth" / kind / f"{index:03}_mask.png")
 
 
-def scene(rng: np.random.Generator, kind: str = "good") -> tuple[np.ndarray, np.ndarray]:
+def scene(
+    rng: np.random.Generator,
+    kind: str = "good",
+    image_side: int = SIDE,
+    defect_pixels: tuple[int, int] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw one image.
 
     Args:
         rng: Source of pose, light, grain, noise and defect.
         kind: ``good`` or a name in ``DEFECTS``.
+        image_side: Height and width of the image, pixels: S.
+        defect_pixels: As in :class:`DemoData`.
 
     Returns:
-        Image (256, 256, 3), uint8, and mask (256, 256), uint8, 255 where the defect changed the image.
+        Image (S, S, 3), uint8, and mask (S, S), uint8, 255 where the defect changed the image.
     """
-    side = SIDE * DRAW
+    times = DRAW if image_side < LARGE else 1
+    side = image_side * times
     angle, scale = rng.uniform(-15, 15), rng.uniform(0.92, 1.05)
-    shift = rng.uniform(-14, 14, 2) * DRAW
+    shift = rng.uniform(-14, 14, 2) * side / SIDE
     part = _plate(rng, side)
-    changed = part if kind == "good" else DEFECTS[kind](part.copy(), rng)
-    layers = [_place(layer, angle, scale, shift) for layer in (part, changed)]
+    extent = None
+    if defect_pixels is not None and kind != "good":
+        extent = times * np.exp(rng.uniform(*np.log(defect_pixels)))  # as many small ones as large ones
+    changed = part if kind == "good" else DEFECTS[kind](part.copy(), rng, extent)
+    layers = [
+        _place(layer, angle, scale, shift, image_side) for layer in ([part] if changed is part else [part, changed])
+    ]
     bench = _grain(rng, side, 40, 40) * 6 + rng.uniform(58, 74)
-    light = _light(rng)
-    noise = rng.normal(0, rng.uniform(1.0, 2.5), (SIDE, SIDE, 3))
+    light = _light(rng, image_side)
+    noise = rng.normal(0, rng.uniform(1.0, 2.5), (image_side, image_side, 3))
     tint = np.array([1.0, 1.0, 1.0]) + rng.uniform(-0.03, 0.03, 3)
-    clean, image = (_shade(layer, bench, light, tint) for layer in layers)
+    shaded = [_shade(layer, bench, light, tint) for layer in layers]
+    clean, image = shaded[0], shaded[-1]
     mask = (np.abs(image - clean).max(axis=2) > 6).astype(np.uint8) * 255
     return np.clip(image + noise, 0, 255).astype(np.uint8), mask
 
@@ -165,9 +198,14 @@ def _spot(rng: np.random.Generator, side: int) -> tuple[float, float]:
     return rng.uniform(0.24, 0.76) * side, rng.uniform(0.28, 0.72) * side
 
 
-def _scratch(part: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _extent(rng: np.random.Generator, low: float, high: float, side: int, stated: float | None) -> float:
+    """A defect's extent in the drawing: the one that is stated, or one between two shares of the side."""
+    return rng.uniform(low, high) * side if stated is None else stated
+
+
+def _scratch(part: Image.Image, rng: np.random.Generator, extent: float | None) -> Image.Image:
     x, y = _spot(rng, part.width)
-    turn, length = rng.uniform(0, np.pi), rng.uniform(0.06, 0.3) * part.width
+    turn, length = rng.uniform(0, np.pi), _extent(rng, 0.06, 0.3, part.width, extent)
     bends = np.cumsum(np.column_stack([np.full(6, length / 5), rng.normal(0, length / 40, 6)]), axis=0)
     cos, sin = np.cos(turn), np.sin(turn)
     line = [(x + cos * a - sin * b, y + sin * a + cos * b) for a, b in bends - bends.mean(axis=0)]
@@ -175,9 +213,9 @@ def _scratch(part: Image.Image, rng: np.random.Generator) -> Image.Image:
     return _keep_shape(part, lambda pen: pen.line(line, fill=(tone, tone, tone, 255), width=int(rng.integers(3, 6))))
 
 
-def _dent(part: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _dent(part: Image.Image, rng: np.random.Generator, extent: float | None) -> Image.Image:
     x, y = _spot(rng, part.width)
-    radius = rng.uniform(0.015, 0.06) * part.width
+    radius = _extent(rng, 0.03, 0.12, part.width, extent) / 2
 
     def strokes(pen: ImageDraw.ImageDraw) -> None:
         _disc(pen, x, y, radius, (118, 116, 112, 255))
@@ -186,9 +224,9 @@ def _dent(part: Image.Image, rng: np.random.Generator) -> Image.Image:
     return _keep_shape(part, strokes)
 
 
-def _stain(part: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _stain(part: Image.Image, rng: np.random.Generator, extent: float | None) -> Image.Image:
     x, y = _spot(rng, part.width)
-    radius = rng.uniform(0.02, 0.08) * part.width
+    radius = _extent(rng, 0.04, 0.16, part.width, extent) / 2
     blobs = [
         (x + rng.normal(0, radius / 2), y + rng.normal(0, radius / 2), radius * rng.uniform(0.4, 0.8)) for _ in range(6)
     ]
@@ -201,7 +239,8 @@ def _stain(part: Image.Image, rng: np.random.Generator) -> Image.Image:
     return _keep_shape(part, strokes)
 
 
-def _plugged_hole(part: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _plugged_hole(part: Image.Image, rng: np.random.Generator, extent: float | None) -> Image.Image:
+    del extent
     x, y = HOLES[rng.integers(len(HOLES))]
     tone = int(rng.integers(150, 200))
     return _keep_shape(
@@ -209,16 +248,16 @@ def _plugged_hole(part: Image.Image, rng: np.random.Generator) -> Image.Image:
     )
 
 
-def _chip(part: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _chip(part: Image.Image, rng: np.random.Generator, extent: float | None) -> Image.Image:
     x, y = _spot(rng, part.width)
-    radius = rng.uniform(0.022, 0.05) * part.width
+    radius = _extent(rng, 0.044, 0.1, part.width, extent) / 2
     turns = np.sort(rng.uniform(0, 2 * np.pi, 5))
     corners = [(x + radius * np.cos(turn), y + radius * np.sin(turn)) for turn in turns]
     color = (*rng.choice([(172, 120, 70), (60, 70, 66), (205, 205, 198)]).tolist(), 255)
     return _keep_shape(part, lambda pen: pen.polygon(corners, fill=color))
 
 
-DEFECTS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
+DEFECTS: dict[str, Callable[[Image.Image, np.random.Generator, float | None], Image.Image]] = {
     "scratch": _scratch,
     "dent": _dent,
     "stain": _stain,
@@ -246,15 +285,15 @@ def _grain(rng: np.random.Generator, side: int, height: float, width: float) -> 
     return (values - values.mean()) / values.std()
 
 
-def _light(rng: np.random.Generator) -> np.ndarray:
-    """A soft lamp's brightness (256, 256), about 1."""
-    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
+def _light(rng: np.random.Generator, side: int) -> np.ndarray:
+    """A soft lamp's brightness (side, side), about 1."""
+    y, x = np.mgrid[0:side, 0:side] / side
     center_x, center_y = rng.uniform(0, 1, 2)
     lamp = np.exp(-((x - center_x) ** 2 + (y - center_y) ** 2) / 0.8)
     return rng.uniform(0.75, 0.9) + rng.uniform(0.2, 0.35) * lamp
 
 
-def _place(part: Image.Image, angle: float, scale: float, shift: np.ndarray) -> Image.Image:
+def _place(part: Image.Image, angle: float, scale: float, shift: np.ndarray, side: int) -> Image.Image:
     """Turn, scale and move a part, and reduce it to the image's size."""
     center = part.width / 2
     turned = part.rotate(angle, Image.Resampling.BICUBIC, translate=tuple(shift.astype(int)))
@@ -263,18 +302,18 @@ def _place(part: Image.Image, angle: float, scale: float, shift: np.ndarray) -> 
         margin = round(center / scale - center)
         canvas = Image.new("RGBA", (part.width + 2 * margin, part.height + 2 * margin))
         canvas.paste(turned, (margin, margin))
-        return canvas.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        return canvas.resize((side, side), Image.Resampling.BILINEAR)
     box = (center - half, center - half, center + half, center + half)
-    return turned.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box)
+    return turned.resize((side, side), Image.Resampling.BILINEAR, box=box)
 
 
 def _shade(part: Image.Image, bench: np.ndarray, light: np.ndarray, tint: np.ndarray) -> np.ndarray:
-    """Lay a part with its shadow on the bench, under the lamp: (256, 256, 3), float, in [0, 255]."""
+    """Lay a part with its shadow on the bench, under the lamp: (S, S, 3), float, in [0, 255]."""
     pixels = np.asarray(part, dtype=np.float64)
     alpha = pixels[:, :, 3:] / 255
-    blurred = Image.fromarray(pixels[:, :, 3].astype(np.uint8)).filter(ImageFilter.GaussianBlur(4))
-    shadow = 1 - 0.5 * np.roll(np.asarray(blurred, dtype=np.float64), 3, axis=(0, 1)) / 255
-    ground = np.asarray(Image.fromarray(bench.astype(np.float32)).resize((SIDE, SIDE))) * shadow
+    blurred = Image.fromarray(pixels[:, :, 3].astype(np.uint8)).filter(ImageFilter.GaussianBlur(4 * part.width / SIDE))
+    shadow = 1 - 0.5 * np.roll(np.asarray(blurred, dtype=np.float64), round(3 * part.width / SIDE), axis=(0, 1)) / 255
+    ground = np.asarray(Image.fromarray(bench.astype(np.float32)).resize(part.size)) * shadow
     return (pixels[:, :, :3] * alpha + ground[:, :, None] * (1 - alpha)) * light[:, :, None] * tint
 
 
