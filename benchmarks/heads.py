@@ -121,7 +121,7 @@ LEVELS = {
     "middle and deepest": (1, 2),
     "all three": (0, 1, 2),
 }
-SHARE, STRIDE = 0.003, 4  # of the default's image score
+AREA, STRIDE = 12, 4  # of the default's image score
 
 
 def blocks(maps: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def measure(file: Path, part: str) -> None:
 def by_levels(student: dict[str, Any], chosen: tuple[int, ...]) -> list[float]:
     """Image AUROC, pixel AUROC and PRO of the package's map and score of some levels."""
     maps = anomaly_map([student["test"][level] for level in chosen], SIZE)
-    return [detected(image_score(maps, SHARE, STRIDE), student["labels"]), *localised(maps, student["masks"])]
+    return [detected(image_score(maps, AREA, STRIDE), student["labels"]), *localised(maps, student["masks"])]
 
 
 def localised(maps: Tensor, masks: Tensor) -> list[float]:

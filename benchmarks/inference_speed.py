@@ -135,7 +135,7 @@ def export(args: argparse.Namespace, category: str) -> None:
         for target, compression in [("stpm-fp16", "fp16"), ("stpm-int8", "int8_ptq")]:
             stpm.to_openvino(folder / target, input_size=size, compression_type=compression, datamodule=data)
         torch.save(stpm.state_dict(), folder / "stpm.pt")
-        stpm.model.score_share = 0.0  # the map's maximum
+        stpm.model.score_area = 0  # the map's maximum
         stpm.to_openvino(folder / "stpm-plain", input_size=size)
     stpm = STPM.load_from_checkpoint(checkpoint(args, category), map_location="cpu").eval()
     plain = args.work / category / "stpm-plain-int8"

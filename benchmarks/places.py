@@ -76,7 +76,7 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     root = subset(category.resolve(), share, student["seed"], Path(folder))
                     features = deepest(root / category.name, args.teacher, model)
-                kept[file.stem] = measure(student, *features, model.model.score_share, smooth=args.recipe == "default")
+                kept[file.stem] = measure(student, *features, model.model.score_area, smooth=args.recipe == "default")
                 RESULTS.write_text(json.dumps(kept, indent=1))
                 print(file.stem, flush=True)
     RESULTS.with_suffix(".md").write_text(text := table(kept))
@@ -97,25 +97,16 @@ def deepest(category: Path, teacher: str, model: STPM) -> list[Tensor]:
     return [torch.cat([model.model.teach(model.transform(item.image[None]))[-1] for item in part]) for part in parts]
 
 
-def measure(
-    student: dict[str, Any], training: Tensor, test: Tensor, share: float, smooth: bool = True
-) -> dict[str, Any]:
+def measure(student: dict[str, Any], training: Tensor, test: Tensor, area: int, smooth: bool = True) -> dict[str, Any]:
     """The five metrics, each way; ``smooth`` also of smoothed maps."""
-    held = hold_out(len(training), student["holdout"], int(student["seed"]))
-    trained = training[sorted(set(range(len(training))) - set(held))]
-    mean, variance = trained.mean(0), trained.var(0)
-    maxima = left_out(trained, len(trained), mean, variance).flatten(1).amax(1)
-    places = usual(mean, variance, maxima)
     stride = student["strides"][0]
-    good, maps = (anomaly_map(student[part], SIZE) for part in ("good", "test"))
-    places.ordinary.copy_(image_score(good, share, stride).median())
-    raised = places(maps, image_score(maps, share, stride), test)
+    mean, variance, maps, raised = maps_of(student, training, test, area)
     found = {}
     ways = dict(zip(WAYS, (maps, raised), strict=True))
     if smooth:
         ways |= {f"{way}, smoothed": blurred(one) for way, one in ways.items()}
     for way, one in ways.items():
-        images = SimpleNamespace(pred_score=image_score(one, share, stride), gt_label=student["labels"])
+        images = SimpleNamespace(pred_score=image_score(one, area, stride), gt_label=student["labels"])
         pixels = SimpleNamespace(anomaly_map=one[:, 0] / one.max(), gt_mask=student["masks"])
         found[way] = {
             "image_AUROC": computed(AUROC(fields=["pred_score", "gt_label"]), images),
@@ -126,6 +117,21 @@ def measure(
         }
     row = {"alignment": round(alignment(mean, variance), 4), "metrics": found}
     return row | {"run": student["run"]} | environment("python -m benchmarks.places run")
+
+
+def maps_of(
+    student: dict[str, Any], training: Tensor, test: Tensor, area: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and variance at each position (C, h, w), and the test images' maps (N, 1, H, W), without and with them."""
+    held = hold_out(len(training), student["holdout"], int(student["seed"]))
+    trained = training[sorted(set(range(len(training))) - set(held))]
+    mean, variance = trained.mean(0), trained.var(0)
+    maxima = left_out(trained, len(trained), mean, variance).flatten(1).amax(1)
+    places = usual(mean, variance, maxima)
+    stride = student["strides"][0]
+    good, maps = (anomaly_map(student[part], SIZE) for part in ("good", "test"))
+    places.ordinary.copy_(image_score(good, area, stride).median())
+    return mean, variance, maps, places(maps, image_score(maps, area, stride), test)
 
 
 def table(kept: dict[str, dict[str, Any]]) -> str:

@@ -21,7 +21,7 @@ SMALL = {
     "layers": ["layer1", "layer2"],
     "image_size": (32, 32),
 }
-HEADS = st.fixed_dictionaries({"score_share": st.sampled_from([0.0, 0.05])})
+HEADS = st.fixed_dictionaries({"score_area": st.sampled_from([0, 3])})
 RULES = st.sampled_from([None, 0.6])
 
 

@@ -78,7 +78,8 @@ def test_a_command_of_the_pages_runs(line: str, place: dict[str, str], demo_root
         command += "" if "ckpt" in command or "teacher_weights" in command else f" --model.teacher_weights {TEACHER}"
         command += "" if "ckpt" in command else " --model.image_size [64,64]"
     if command.startswith("stpm train"):
-        command += " --trainer.max_epochs 1 --model.init_args.image_size [64,64]"
+        size = "crop_size 32" if "native" in command else "image_size [64,64]"
+        command += f" --trainer.max_epochs 1 --model.init_args.{size}"
         command += "" if "--teacher" in command else f" --teacher {TEACHER}"
     exports = command.startswith("stpm train") or "yaml" in command
     if " train " in line and exports and ("--name" not in command or "--bad" in command):

@@ -62,20 +62,19 @@ def test_image_score_by_hand():
     anomalies[0, 0, 0, 0] = 0.8  # one pixel of a block
     anomalies[1, 0, 2:, 2:] = 0.4  # a whole block
     assert image_score(anomalies, 0, 2).tolist() == pytest.approx([0.8, 0.4])
-    # The highest of four blocks over the root of the map's mean, 0.05 and 0.1; then the mean of two blocks.
-    assert image_score(anomalies, 0.25, 2).tolist() == pytest.approx([0.2 / 0.05**0.5, 0.4 / 0.1**0.5])
-    assert image_score(anomalies, 0.5, 2).tolist() == pytest.approx([0.1 / 0.05**0.5, 0.2 / 0.1**0.5])
-    assert image_score(torch.zeros(1, 1, 4, 4), 0.5, 2).tolist() == [0]
+    # The highest of four blocks over the root of the map's mean, 0.05 and 0.1; the mean of two blocks; of all four.
+    assert image_score(anomalies, 1, 2).tolist() == pytest.approx([0.2 / 0.05**0.5, 0.4 / 0.1**0.5])
+    assert image_score(anomalies, 2, 2).tolist() == pytest.approx([0.1 / 0.05**0.5, 0.2 / 0.1**0.5])
+    assert image_score(anomalies, 9, 2).tolist() == pytest.approx([0.05**0.5, 0.1**0.5])
+    assert image_score(torch.zeros(1, 1, 4, 4), 2, 2).tolist() == [0]
 
 
 def test_a_defect_stands_out_of_a_calm_map_and_a_lesser_match_everywhere_does_not():
     """Geometric mean of a part's distance, and that over the map's mean: for the same part, the calmer map's is higher."""
     calm, restless = torch.full((1, 1, 10, 10), 0.1), torch.full((1, 1, 10, 10), 0.2)
     calm[..., 0, 0] = restless[..., 0, 0] = 0.4
-    assert image_score(calm, 0.01, 1) > image_score(restless, 0.01, 1)
-    assert image_score(3 * calm, 0.01, 1) == pytest.approx(
-        float(3**0.5 * image_score(calm, 0.01, 1))
-    )  # nothing matches
+    assert image_score(calm, 1, 1) > image_score(restless, 1, 1)
+    assert image_score(3 * calm, 1, 1) == pytest.approx(float(3**0.5 * image_score(calm, 1, 1)))  # nothing matches
 
 
 def test_gradient_reaches_the_student_alone():

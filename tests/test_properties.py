@@ -19,9 +19,9 @@ SIDES = st.sampled_from([32, 57, 64])
 
 
 @functools.cache
-def network(score_share: float = 0.003) -> STPMModel:
+def network(score_area: int = 12) -> STPMModel:
     torch.manual_seed(0)
-    return STPMModel("resnet18", ["layer1", "layer2", "layer3"], score_share=score_share).eval()
+    return STPMModel("resnet18", ["layer1", "layer2", "layer3"], score_area=score_area).eval()
 
 
 @st.composite
@@ -34,12 +34,13 @@ def images(draw, count, scale) -> torch.Tensor:
 
 
 @settings(max_examples=20)
-@given(images(st.integers(1, 3), st.floats(1e-30, 1e30)), st.sampled_from([0, 0.003, 1]))
-def test_maps_and_scores_are_finite_and_in_range(batch, score_share):
-    made = network(score_share)(batch)
+@given(images(st.integers(1, 3), st.floats(1e-30, 1e30)), st.sampled_from([0, 12, 10**6]))
+def test_maps_and_scores_are_finite_and_in_range(batch, score_area):
+    made = network(score_area)(batch)
     assert made.anomaly_map.shape == (len(batch), 1, *batch.shape[-2:])
     assert made.pred_score.shape == (len(batch),)
-    highest = (2 / score_share) ** 0.5 if score_share else 2
+    blocks = (batch.shape[-2] // 4) * (batch.shape[-1] // 4)
+    highest = (2 * blocks / min(score_area, blocks)) ** 0.5 if score_area else 2
     for values, most in ((made.anomaly_map, 2), (made.pred_score, highest)):
         assert torch.isfinite(values).all()
         assert (values >= 0).all()

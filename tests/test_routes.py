@@ -19,7 +19,7 @@ from stpm_plugin import STPM, STPMModel, STPMPostProcessor, STPMPreProcessor
 from stpm_plugin.deployment.scorer import Scorer
 
 TESTS = Path(__file__).parent
-HEAD = {"score_share": 0.02}
+HEAD = {"score_area": 5}
 SENSITIVITY = {"image_sensitivity": 0.4, "pixel_sensitivity": 0.55}
 SIZES = [(64, 64), (101, 77), (48, 80), (60, 131), (256, 200), (90, 90)]
 CPU = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -301,7 +301,7 @@ def test_scorer(exports):
 def test_unequal_verdicts_would_be_noticed(different):
     """The comparison itself: the default head, in place of the saved one, gives other scores."""
     model = STPM.load_from_checkpoint(different.checkpoint)
-    model.model.score_share = 0.003
+    model.model.score_area = 1
     with pytest.raises(AssertionError):
         agree(different, forward(model.eval(), different.images))
 

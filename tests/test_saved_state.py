@@ -100,7 +100,7 @@ def test_an_image_size_beside_a_pre_processor_means_nothing(data, tmp_path):
 
 @pytest.mark.parametrize("route", ["Engine", "load_from_checkpoint"])
 def test_a_stated_head_is_honoured_with_a_warning(route, of_quantile, data):
-    name, default = "score_share", inspect.signature(STPM).parameters["score_share"].default
+    name, default = "score_area", inspect.signature(STPM).parameters["score_area"].default
     value = 2 * default if route == "Engine" else default  # in Python a default is a statement
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -211,7 +211,8 @@ def as_version_0_1_0(source: Path, target: Path) -> Path:
     for name in ("basis", "held_out_scores", "held_out_maxima"):
         del checkpoint["anomalib_post_processor_config"][name]
     checkpoint["stpm"]["data_seed"] = 0
-    checkpoint["hyper_parameters"] |= {"level_power": 0.0, "finest_weight": 1.0}
+    share = 0.02 if checkpoint["hyper_parameters"].pop("score_area") else 0.0
+    checkpoint["hyper_parameters"] |= {"score_share": share, "level_power": 0.0, "finest_weight": 1.0}
     tensors["model.level_scales"] = torch.ones(2)
     torch.save(checkpoint, target)
     return target
@@ -221,7 +222,12 @@ def test_a_checkpoint_of_an_older_head_is_refused(of_quantile, data, tmp_path):
     """Of version 0.1, and of 0.2: by each route, before anything is computed with it."""
     old = as_version_0_1_0(of_quantile, tmp_path / "old.ckpt")
     checkpoint = torch.load(of_quantile, weights_only=True)
-    checkpoint["state_dict"]["_extra_state"] |= {"format": 1, "level_power": -1.0, "finest_weight": 0.5}
+    checkpoint["state_dict"]["_extra_state"] |= {
+        "format": 1,
+        "score_share": 0.02,
+        "level_power": -1.0,
+        "finest_weight": 0.5,
+    }
     torch.save(checkpoint, newer := tmp_path / "newer.ckpt")
     words = (
         r"^the checkpoint is of stpm_plugin 0.1 or 0.2 and its scores \(score_share 0.02, level_power {}.*train .* anew"
@@ -237,7 +243,7 @@ def test_a_checkpoint_of_an_older_head_is_refused(of_quantile, data, tmp_path):
 
 @pytest.mark.parametrize("post_processor", [STPMPostProcessor(**SAVED), True])
 def test_a_checkpoint_of_version_0_1_0_with_the_papers_head_gives_the_same_verdicts(post_processor, data, tmp_path):
-    settings = SETTINGS | {"score_share": 0.0, "post_processor": post_processor}
+    settings = SETTINGS | {"score_area": 0, "post_processor": post_processor}
     new = Path(fit(data(), tmp_path, 1, **settings)[0].best_model_path)
     old = as_version_0_1_0(new, tmp_path / "old.ckpt")
     expected = scored(STPM(visualizer=False), data(), new)

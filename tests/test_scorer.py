@@ -163,13 +163,13 @@ def test_the_image_score_of_a_map_is_torchs():
     from stpm_plugin.model.matching import image_score
 
     maps = torch.rand(1, 1, 66, 61, generator=torch.Generator().manual_seed(0))
-    for share in (0, 0.003, 0.2, 1):
-        ours = Verdict("", Scale(1.0), Scale(1.0), score_share=share, stride=4, stands_out=True).image_score(
+    for area in (0, 1, 12, 1000):
+        ours = Verdict("", Scale(1.0), Scale(1.0), score_area=area, stride=4, stands_out=True).image_score(
             maps[0, 0].numpy()
         )
-        assert ours == pytest.approx(float(image_score(maps, share, 4)), rel=1e-6)
-    empty = Verdict("", Scale(1.0), Scale(1.0), score_share=0.2, stands_out=True).image_score(np.full((8, 8), 1e-9))
-    assert empty == pytest.approx(float(image_score(torch.full((1, 1, 8, 8), 1e-9), 0.2, 4)), rel=1e-6)
+        assert ours == pytest.approx(float(image_score(maps, area, 4)), rel=1e-6)
+    empty = Verdict("", Scale(1.0), Scale(1.0), score_area=1, stands_out=True).image_score(np.full((8, 8), 1e-9))
+    assert empty == pytest.approx(float(image_score(torch.full((1, 1, 8, 8), 1e-9), 1, 4)), rel=1e-6)
 
 
 def test_a_score_of_an_older_export_is_the_parts_mean():

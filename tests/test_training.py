@@ -366,7 +366,7 @@ def test_one_cycle_rises_and_falls(demo, tmp_path):
     [
         ({"holdout": 1.5}, "holdout=1.5"),
         ({"layers": ["layer7"]}, "layer1 (1)"),
-        ({"score_share": 1.5}, "score_share=1.5"),
+        ({"score_area": -1}, "score_area=-1"),
     ],
 )
 def test_bad_arguments(arguments, words):

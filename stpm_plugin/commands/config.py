@@ -9,15 +9,15 @@ from typing import Literal
 
 from ..errors import STPMError
 
-Name = Literal["stpm", "paper", "folder", "demo", "benchmark"]
+Name = Literal["stpm", "paper", "folder", "native", "demo", "benchmark"]
 
 
 @dataclass
 class Config:
     """Write one of the packaged YAML files of settings, for `anomalib train -c FILE` and to change it.
 
-    stpm is the default recipe on MVTec AD, paper the paper's, folder your own images, demo drawn ones, and benchmark a
-    comparison with other models by `anomalib benchmark --config FILE`.
+    stpm is the default recipe on MVTec AD, paper the paper's, folder your own images, native your own images at their
+    own size, demo drawn ones, and benchmark a comparison with other models by `anomalib benchmark --config FILE`.
 
     Args:
         name: Which one.

@@ -64,14 +64,11 @@ class Seen(NamedTuple):
 @torch.inference_mode()
 def look(model: STPM, path: str, image: np.ndarray) -> Seen:
     """Score an image (H, W, 3) BGR and keep each level's distances, upsampled to the anomaly map's size."""
-    from ..model.matching import distance
-
     x = tensor(image)
     made = model(x)
     ready = model.pre_processor(x) if model.pre_processor else x
-    pyramids = zip(model.model.teach(ready), model.model.student(ready), strict=True)
     size = made.anomaly_map.shape[-2:]
-    levels = [F.interpolate(distance(t, s)[None], size, mode="bilinear")[0, 0].numpy() for t, s in pyramids]
+    levels = [F.interpolate(level[None], size, mode="bilinear")[0, 0].numpy() for level in model.model.match(ready)[0]]
     label = None if made.pred_label is None else bool(made.pred_label)
     return Seen(Path(path), image[:, :, ::-1], levels, _plane(made.anomaly_map), float(made.pred_score), label)
 

@@ -45,7 +45,8 @@ class Train:
         results: Folder for runs; each gets a folder of its own.
         teacher: The teacher's weights, a .safetensors or .pth file; `lite0` for EfficientNet-Lite0, a lighter network
             whose ImageNet weights are installed; timm's of ResNet-18 from the hub, if not given.
-        recipe: Settings: `folder` for the packaged ones (`stpm config folder`), or a YAML file.
+        recipe: Settings: `folder`, or `native` for large images with small defects (docs/large-images.md), as `stpm
+            config` writes them, or a YAML file.
         resume: Checkpoint of an interrupted training to go on from.
     """
 
@@ -109,7 +110,7 @@ def run_recipe(recipe: str, name: str, results: Path, arguments: list[str], test
     """
     file = Path(recipe) if Path(recipe).suffix else packaged(recipe)
     if not file.is_file():
-        msg = f"--recipe {recipe} is neither `folder` nor a YAML file: `stpm config folder` writes one to change."
+        msg = f"--recipe {recipe} is neither `folder`, `native` nor a YAML file: `stpm config folder` writes one."
         raise STPMError(msg)
     if results.exists() and not results.is_dir():
         msg = f"--results {results} is a file: name a folder."

@@ -11,12 +11,14 @@ from pathlib import Path
 import openvino as ov
 
 from ..errors import STPMError
+from ..model.windows import Reach
 from ..training.data_record import DataRecord, packed, unpacked
 from .verdict import RAW_MAP, RAW_SCORE, SECTION, Verdict
 
 MODEL_INFO = {"model_type": "AnomalyDetection", "task": "segmentation"}  # what OpenVINO Model API reads
 TRAINED, HELD_OUT = "trained", "held_out"  # names of the images' digests beside the graph
-KEPT = ("size", TRAINED, HELD_OUT)  # what another verdict does not change
+REACHES = "reaches"  # how far each level sees, of a graph that takes images of any size
+KEPT = ("size", TRAINED, HELD_OUT, REACHES)  # what another verdict does not change
 COMPANIONS = (".bin", ".onnx.data", ".data")  # files beside a model that hold its weights
 
 
@@ -53,6 +55,13 @@ def size_of(network: ov.Model) -> tuple[int, int] | None:
         height, width = json.loads(network.get_rt_info([SECTION, "size"]).astype(str))
         return height, width
     return None
+
+
+def reaches_of(network: ov.Model) -> list[Reach] | None:
+    """How far each level of a graph sees that takes images of any size, in windows if they are large."""
+    if not network.has_rt_info([SECTION, REACHES]):
+        return None
+    return [Reach(*numbers) for numbers in json.loads(network.get_rt_info([SECTION, REACHES]).astype(str))]
 
 
 def tensor_of(network: ov.Model, name: str) -> ov.Output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,9 +23,9 @@ from ..model.network import STPMModel
 from ..model.pre_processing import AntialiasedResize
 from ..training.diagnostics import require_room, size_of
 from ..training.thresholds import HELD_OUT, VALIDATION, STPMPostProcessor
-from .exported_model import describe, write
+from .exported_model import REACHES, describe, write
 from .int8 import round_model
-from .verdict import Scale, Verdict
+from .verdict import RAW_LEVEL, SECTION, Scale, Verdict
 
 if TYPE_CHECKING:
     from ..training.lightning_model import STPM
@@ -110,6 +111,8 @@ def export(
         if isinstance(post_processor, PostProcessor):
             raw = (model.output(name).get_node().input_value(0) for name in ("pred_score", "anomaly_map"))
             model = verdict_of(post_processor, module.model).append_to(model, *raw)
+            if module.network_size is None:
+                name_levels(model, module.model)
         name = f"model_{CompressionType(compression_type).value}.xml" if compression_type else "model.xml"
         target = (Path(export_root) / source.relative_to(folder)).with_name(name)
         describe(model, resized_to(module.pre_processor), module.data_record)
@@ -157,10 +160,37 @@ def verdict_of(post_processor: PostProcessor, model: STPMModel) -> Verdict:
         label=post_processor.enable_thresholding,
         held_out_scores=tuple(getattr(post_processor, "held_out_scores", ())),
         held_out_maxima=tuple(getattr(post_processor, "held_out_maxima", ())),
-        score_share=model.score_share,
+        score_area=model.score_area,
         stride=model.teacher.strides[0],
         stands_out=True,
     )
+
+
+def name_levels(model: ov.Model, network: STPMModel) -> None:
+    """Name the levels' distances in a graph that takes images of any size, so that large ones are scored in windows.
+
+    Args:
+        model: It is changed, unless the network cannot take an image in windows.
+        network: That was exported.
+    """
+    seen = network.reaches
+    if seen is None or network.usual_places is not None:
+        return
+    model.set_rt_info(json.dumps(seen), [SECTION, REACHES])
+    if model.input(0).partial_shape[2].is_static:
+        return  # images of one size are never cut
+    resizes = [node for node in model.get_ordered_ops() if node.get_type_name() == "Interpolate"]
+    side = 8 * seen[-1].stride
+    fixed = model.clone()
+    fixed.reshape([1, 3, side, side])
+    heights = [
+        node.input(0).get_partial_shape()[2].get_length()
+        for node in fixed.get_ordered_ops()
+        if node.get_type_name() == "Interpolate"
+    ]
+    for node, height in zip(resizes, heights, strict=True):
+        index = [reach.stride for reach in seen].index(side // height)
+        node.input_value(0).set_names({f"{RAW_LEVEL}{index}"})
 
 
 def resized_to(pre_processor: nn.Module | None) -> tuple[int, int] | None:

@@ -13,12 +13,13 @@ import numpy as np
 import openvino as ov
 
 from ..errors import STPMError
-from .exported_model import digest, files_of, last_line, read_model, size_of, tensor_of
+from .exported_model import digest, files_of, last_line, reaches_of, read_model, size_of, tensor_of
 from .images import UNREADABLE, read_images
+from .large_images import LargeImages, as_input
 from .regions import Region, read_ignored, regions, shrunk
 from .resize import resize
 from .settings import Hint, Precision, check, in_words
-from .verdict import RAW_MAP, RAW_SCORE, Scale, Verdict, read_verdict
+from .verdict import RAW_MAP, RAW_SCORE, Scale, changed, read_verdict
 
 AS_EXPORTED = Scale(0.5)  # outputs of a model that describes no verdict: 0.5 is the threshold
 
@@ -53,7 +54,7 @@ class Prepared(NamedTuple):
     """An image as the network takes it.
 
     Attributes:
-        inputs: (3, h, w), RGB, float32 in [0, 1].
+        inputs: (3, h, w), RGB: resized, float32 in [0, 1], or of the image's own size, uint8.
         image: The image itself (H, W, 3), BGR, uint8, if it is to be returned.
     """
 
@@ -82,7 +83,10 @@ class Scorer:
         digest: Hash of the model's files.
         settings: The options that decide a verdict, in words.
         verdict: The thresholds in use; ``None`` if the model describes none.
-        size: Height and width to which images are resized first, pixels; ``None`` if the graph takes any size.
+        size: Height and width to which images are resized first, pixels; ``None`` if they are not.
+        only: Height and width that images must have, where they are not resized and the graph takes no others.
+        smallest: Pixels that an image has at least, along each side.
+        large: Scores images in windows that are too large for one request; ``None`` for a graph that resizes them.
 
     Raises:
         STPMError: The file is missing or no such model, the device cannot run it, it is fixed to another batch, or it
@@ -111,7 +115,11 @@ class Scorer:
         self.ignore, self.ignored = ignore, None if ignore is None else read_ignored(ignore)
         mask = None if ignore is None else digest([Path(ignore)])
         self.settings = in_words(device, precision, threshold, sensitivity, mask, reduced_decode)
-        self.size = size_of(network)
+        seen = None if self.verdict is None else reaches_of(network)
+        self.size, self.only = size_of(network), None
+        self.smallest = 1 if seen is None else seen[-1].stride
+        if seen is not None:  # nothing is resized
+            self.size, self.only = None, self.size
         self.reduce_to = self.size if reduced_decode else None
         if reduced_decode and (self.size is None or ignore is not None):
             msg = "reduced_decode needs a model that resizes images first, and no mask, which would not fit."
@@ -121,9 +129,10 @@ class Scorer:
         if self.size is not None:  # a graph of one size is compiled once, and takes images of all sizes in one batch
             network.reshape([1 if batch == 1 else -1, 3, *self.size])
         options: dict[str, Any] = {"PERFORMANCE_HINT": hint.upper(), "INFERENCE_PRECISION_HINT": precision}
-        self.compiled = compiled(
-            core, network, device, options | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
-        )
+        options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        compile_for = functools.partial(compiled, core, device=device, options=options)
+        self.large = LargeImages(network, seen, compile_for) if seen and self.only is None else None
+        self.compiled = compile_for(network)
         self.requests = self.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
 
     def score(
@@ -185,21 +194,42 @@ class Scorer:
             sizes = ["{} x {}".format(*shape[:2]) for shape in (image.shape, self.ignored.shape)]
             msg = f"{name} has {sizes[0]} pixels and the mask {self.ignore} {sizes[1]}: they must be equal."
             raise STPMError(msg)
-        pixels = resize(image, self.size or image.shape[:2])
-        inputs = np.ascontiguousarray(pixels[:, :, ::-1].transpose(2, 0, 1)) / np.float32(255)
-        return Prepared(inputs, image if keep else None)  # a large image is dropped as soon as it can be
+        if self.only is not None and self.only != image.shape[:2]:
+            msg = (
+                f"{name} has {image.shape[0]} x {image.shape[1]} pixels, and the model was exported for images of "
+                f"{self.only[0]} x {self.only[1]}: export it without --input_size."
+            )
+            raise STPMError(msg)
+        if min(image.shape[:2]) < self.smallest:
+            msg = (
+                f"{name} has {image.shape[0]} x {image.shape[1]} pixels, and the model, which resizes nothing, needs "
+                f"{self.smallest} along each side: take it out of the images."
+            )
+            raise STPMError(msg)
+        pixels = image if self.size is None else resize(image, self.size)
+        inputs = np.ascontiguousarray(pixels[:, :, ::-1].transpose(2, 0, 1))
+        # A large image is dropped as soon as it can be, and one that is not resized waits as bytes.
+        return Prepared(inputs if self.size is None else as_input(inputs), image if keep else None)
 
     def _infer(self, images: Iterable[tuple[str, Prepared]], maps: bool) -> Iterator[Scored]:
         """Score prepared images, as many at a time as the device is best at."""
         idle = deque(self.compiled.create_infer_request() for _ in range(self.requests))
         busy: deque[tuple[ov.InferRequest, list[tuple[str, Prepared]]]] = deque()
         for batch in self._batches(images):
+            if self.large is not None and self.large.is_large(batch[0][1].inputs):
+                while busy:
+                    oldest = busy.popleft()
+                    yield from self._answers(*oldest, maps)
+                    idle.append(oldest[0])
+                yield from (self._answer_in_windows(*one, maps) for one in batch)
+                continue
             if not idle:  # the oldest is done first, or nearly so
                 oldest = busy.popleft()
                 yield from self._answers(*oldest, maps)
                 idle.append(oldest[0])
             request = idle.popleft()
-            request.start_async({0: np.stack([prepared.inputs for _, prepared in batch])})
+            inputs = np.stack([prepared.inputs for _, prepared in batch])
+            request.start_async({0: as_input(inputs) if inputs.dtype == np.uint8 else inputs})
             busy.append((request, batch))
         for asked in busy:
             yield from self._answers(*asked, maps)
@@ -225,9 +255,7 @@ class Scorer:
             anomaly_maps = request.get_tensor(RAW_MAP if self.verdict else "anomaly_map").data.copy()
         labels = request.get_tensor("pred_label").data.reshape(-1).copy() if self.labels and not self.verdict else None
         for index, (path, prepared) in enumerate(batch):
-            if not math.isfinite(scores[index]):
-                msg = f"{path} has the score {scores[index]}: the model is damaged; export its checkpoint again."
-                raise STPMError(msg)
+            require_finite(path, scores[index])
             anomaly_map = None if anomaly_maps is None else anomaly_maps[index].reshape(anomaly_maps.shape[-2:])
             if self.verdict is None:
                 label = "" if labels is None else "anomalous" if labels[index] else "normal"
@@ -235,6 +263,14 @@ class Scorer:
             else:
                 judged = self._judge(scores[index], anomaly_map)
             yield Scored(path, *judged, latency, *(self._shown(prepared.image, anomaly_map) if maps else ()))
+
+    def _answer_in_windows(self, path: str, prepared: Prepared, maps: bool) -> Scored:
+        """The verdict on an image that is too large for one request."""
+        assert self.large is not None and self.verdict is not None  # noqa: S101, PT018  # for the type checker
+        raw = self.large.score(prepared.inputs, self.verdict)
+        require_finite(path, raw.score)
+        judged = self._judge(np.float32(raw.score), raw.anomaly_map)
+        return Scored(path, *judged, raw.seconds, *(self._shown(prepared.image, raw.anomaly_map) if maps else ()))
 
     def _judge(self, raw: np.float32, anomaly_map: np.ndarray | None) -> tuple[float, float, str, float | None]:
         """Score, raw score, label and percentile of a raw image score; a mask's part of the raw map is cleared."""
@@ -265,29 +301,15 @@ class Scorer:
         return float(self.verdict.pixel.limit) if self.verdict.normalize else self.verdict.pixel.raw_limit
 
 
-def changed(
-    verdict: Verdict | None,
-    model: Path,
-    threshold: float | None,
-    sensitivity: float | None,
-    ignore: str | Path | None,
-) -> Verdict | None:
-    """A model's verdict with what was asked for instead.
+def require_finite(path: str, score: float) -> None:
+    """Refuse a score that is no number.
 
     Raises:
-        STPMError: The model describes no verdict, an option is out of range, or two contradict each other.
+        STPMError: It is none.
     """
-    if threshold is not None and sensitivity is not None:
-        msg = "threshold and sensitivity both move the threshold: give one of them."
+    if not math.isfinite(score):
+        msg = f"{path} has the score {score}: the model is damaged; export its checkpoint again."
         raise STPMError(msg)
-    if threshold is None and sensitivity is None and ignore is None:
-        return verdict
-    if verdict is None:
-        msg = f"{model} describes no thresholds that could be changed: export its checkpoint again to OpenVINO."
-        raise STPMError(msg)
-    if threshold is not None:
-        return verdict.with_threshold(threshold)
-    return verdict if sensitivity is None else verdict.with_sensitivity(sensitivity)
 
 
 def compiled(core: ov.Core, network: ov.Model, device: str, options: dict[str, Any]) -> ov.CompiledModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from ..errors import STPMError
 
 SECTION = "stpm"  # of the model's runtime information
 RAW_SCORE, RAW_MAP = "raw_pred_score", "raw_anomaly_map"  # tensors of the graph, before normalisation
-FORMAT = 2  # 1: of versions 0.1 and 0.2, without `stands_out`
+RAW_LEVEL = "raw_distances_"  # and its distances at each level, from 0, where images may have any size
+FORMAT = 3  # 1: of versions 0.1 and 0.2, without `stands_out`; 2: with a share of the map in place of an area
 MIN_MEAN = 1e-6  # of a map: `stpm_plugin.model.matching`'s, which this side cannot import, since it needs torch
 
 
@@ -93,9 +95,10 @@ class Verdict:
         label: Whether labels and masks are given.
         held_out_scores: Raw image scores of good images that trained nothing, ascending.
         held_out_maxima: Raw maxima of their anomaly maps, ascending.
-        score_share: Share of the map that the image score is made of, as in :class:`stpm_plugin.STPMModel`.
+        score_area: Blocks of the map that the image score is made of, as in :class:`stpm_plugin.STPMModel`.
+        score_share: The same as a share of the map, in older exports; ``None`` in others.
         stride: Pixels of the map that the shallowest level tells apart, along a side.
-        stands_out: Whether the score says how far that share stands out of its map; else it is the share's mean, as
+        stands_out: Whether the score says how far that part stands out of its map; else it is the part's mean, as
             versions 0.1 and 0.2 had it.
     """
 
@@ -106,7 +109,8 @@ class Verdict:
     label: bool = True
     held_out_scores: tuple[float, ...] = ()
     held_out_maxima: tuple[float, ...] = ()
-    score_share: float = 0.0
+    score_area: int = 0
+    score_share: float | None = None
     stride: int = 4
     stands_out: bool = False
 
@@ -151,10 +155,12 @@ class Verdict:
         compared with, so that ignoring raises no score.
         """
         counted = anomaly_map if ignored is None else np.where(ignored, 0, anomaly_map)
-        if not self.score_share:
+        if not (self.score_share or self.score_area):
             return float(counted.max())
         blocks = self._blocks(counted)
-        count = max(1, len(blocks) * round(self.score_share * 1e6) // 10**6)
+        count = min(self.score_area, len(blocks))
+        if self.score_share is not None:
+            count = max(1, len(blocks) * round(self.score_share * 1e6) // 10**6)
         part = np.sort(blocks)[-count:].mean()
         return float(part / np.sqrt(max(self._blocks(anomaly_map).mean(), MIN_MEAN)) if self.stands_out else part)
 
@@ -212,3 +218,28 @@ def read_verdict(model: ov.Model, path: Any) -> Verdict | None:
     for name in ("held_out_scores", "held_out_maxima"):
         fields[name] = tuple(fields[name])
     return Verdict(**fields)
+
+
+def changed(
+    verdict: Verdict | None,
+    model: Path,
+    threshold: float | None,
+    sensitivity: float | None,
+    ignore: str | Path | None,
+) -> Verdict | None:
+    """A model's verdict with what was asked for instead.
+
+    Raises:
+        STPMError: The model describes no verdict, an option is out of range, or two contradict each other.
+    """
+    if threshold is not None and sensitivity is not None:
+        msg = "threshold and sensitivity both move the threshold: give one of them."
+        raise STPMError(msg)
+    if threshold is None and sensitivity is None and ignore is None:
+        return verdict
+    if verdict is None:
+        msg = f"{model} describes no thresholds that could be changed: export its checkpoint again to OpenVINO."
+        raise STPMError(msg)
+    if threshold is not None:
+        return verdict.with_threshold(threshold)
+    return verdict if sensitivity is None else verdict.with_sensitivity(sensitivity)

@@ -57,7 +57,12 @@ def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], hard_sha
     Returns:
         Scalar in [0, 4 L] for L levels.
     """
-    return torch.stack([2 * mean_of_largest(level, hard_share) for level in distances(teacher, student)]).sum()
+    return loss_of(distances(teacher, student), hard_share)
+
+
+def loss_of(levels: Sequence[Tensor], hard_share: float = 1.0) -> Tensor:
+    """:func:`matching_loss` of distances, one tensor of any shape for each level."""
+    return torch.stack([2 * mean_of_largest(level, hard_share) for level in levels]).sum()
 
 
 def mean_of_largest(values: Tensor, share: float) -> Tensor:
@@ -84,7 +89,7 @@ def anomaly_map(levels: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     return functools.reduce(torch.mul, maps).pow(1 / len(levels))  # (B, 1, H, W)
 
 
-def image_score(anomalies: Tensor, share: float, stride: int) -> Tensor:
+def image_score(anomalies: Tensor, area: int, stride: int) -> Tensor:
     """Image scores (B,) of anomaly maps (B, 1, H, W): the maximum, or how far the most anomalous part stands out.
 
     The latter is the geometric mean of two numbers: the part's mean distance, and its ratio to the whole map's mean.
@@ -93,15 +98,17 @@ def image_score(anomalies: Tensor, share: float, stride: int) -> Tensor:
 
     Args:
         anomalies: Anomaly maps.
-        share: Share of the map that is that part, after blocks of ``stride`` pixels were averaged; 0 for the maximum.
+        area: Blocks of ``stride`` x ``stride`` pixels that are that part, whatever the map's size, since a defect does
+            not grow with the image; all blocks of a smaller map; 0 for the maximum.
         stride: Input pixels per position of the shallowest level: the map is smooth below this.
 
     Returns:
-        Scores of at least 0: the maximum is at most 2, the other at most the root of ``2 / share``.
+        Scores of at least 0: the maximum is at most 2, the other at most the root of twice the map's blocks over those
+        of the part.
     """
-    if not share:
+    if not area:
         return torch.amax(anomalies, dim=(1, 2, 3))
-    blocks = F.avg_pool2d(anomalies, min(stride, *anomalies.shape[-2:])).flatten(1)
-    count = torch.sym_max(1, blocks.shape[1] * round(share * 1e6) // 10**6)  # whole numbers, as sizes in exports are
+    blocks = F.avg_pool2d(anomalies, stride).flatten(1)
+    count = torch.sym_min(area, blocks.shape[1])
     part = blocks.topk(count, dim=1, sorted=False).values.mean(1)
     return part / blocks.mean(1).clamp(min=MIN_MEAN).sqrt()

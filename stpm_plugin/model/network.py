@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,11 @@ from torch import Tensor, nn
 from ..errors import STPMError
 from .features import FeaturePyramid, FrozenPyramid
 from .matching import anomaly_map, distances, image_score, normalize
+from .reach import reaches, stitched
 from .usual_places import UsualPlaces
+from .windows import LARGEST, Reach
+
+BYTES_A_PIXEL = 240  # of memory that they take then, for each pixel, measured in float32 (docs/large-images.md)
 
 
 class STPMModel(nn.Module):
@@ -21,7 +26,7 @@ class STPMModel(nn.Module):
     Args:
         backbone: timm model name.
         layers: Names or indices of the matched layers, from shallow to deep; ``None`` for those of strides 4, 8, 16.
-        score_share: Share of the anomaly map, its highest values, that the image score is made of
+        score_area: Positions of the finest level, the most anomalous, that the image score is made of
             (:func:`~stpm_plugin.model.matching.image_score`); 0 for the map's maximum.
 
     Attributes:
@@ -41,14 +46,14 @@ class STPMModel(nn.Module):
         self,
         backbone: str = "resnet18.tv_in1k",
         layers: Sequence[str | int] | None = None,
-        score_share: float = 0.0,
+        score_area: int = 0,
     ) -> None:
         super().__init__()
-        check_head(score_share)
+        check_head(score_area)
         self.backbone = backbone
         self.teacher = FrozenPyramid(backbone, layers)
         self.student = FeaturePyramid(backbone, layers)
-        self.score_share = score_share
+        self.score_area = score_area
         self.usual_places: UsualPlaces | None = None
         self.tiler: Any = None
         self.to(memory_format=torch.channels_last)  # twice as fast on CPUs, and no slower elsewhere
@@ -75,17 +80,46 @@ class STPMModel(nn.Module):
         """
         stride = self.teacher.strides[0]
         anomalies = anomaly_map(levels, size)
-        scores = image_score(anomalies, self.score_share, stride)
+        scores = image_score(anomalies, self.score_area, stride)
         if self.usual_places is not None and deepest is not None:
             anomalies = self.usual_places(anomalies, scores, deepest)
-            scores = image_score(anomalies, self.score_share, stride)
+            scores = image_score(anomalies, self.score_area, stride)
         return InferenceBatch(pred_score=scores, anomaly_map=anomalies)
+
+    def match(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Compare both networks on normalised images (B, 3, H, W), on large ones in windows, with the same result.
+
+        Returns:
+            Distances (B, H_l, W_l) for each level, and the teacher's unit vectors of the deepest (B, C, h, w).
+        """
+        if self._whole(images):
+            teacher = self.teach(images)
+            return distances(teacher, self.study(images)), teacher[-1]
+        seen = self.reaches or []
+
+        def levels(window: Tensor) -> list[Tensor]:
+            teacher = self.teach(window)
+            return [*distances(teacher, self.study(window)), teacher[-1]]
+
+        *made, deepest = stitched(levels, images, LARGEST, [*seen, seen[-1]])
+        return made, deepest
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Map normalised images (B, 3, H, W) to anomaly maps (B, 1, H, W) and image scores (B,), at least 0."""
         height, width = images.shape[-2:]
-        teacher = self.teach(images)
-        return self.score(distances(teacher, self.study(images)), (height, width), teacher[-1])
+        levels, deepest = self.match(images)
+        return self.score(levels, (height, width), deepest)
+
+    @functools.cached_property
+    def reaches(self) -> list[Reach] | None:
+        """How far each level sees; ``None`` for a network that cannot take an image in windows."""
+        return reaches(self.teacher)
+
+    def _whole(self, images: Tensor) -> bool:
+        """Whether the networks take images at once: all do in an exported graph, and those with a tiler."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.tiler is not None:
+            return True
+        return max(images.shape[-2:]) <= LARGEST or self.reaches is None
 
     def _features(self, network: FeaturePyramid, images: Tensor) -> list[Tensor]:
         if self.tiler is None:
@@ -102,12 +136,12 @@ class STPMModel(nn.Module):
         return [self.tiler.untile(level) for level in network(tiles)]
 
 
-def check_head(score_share: float) -> None:
+def check_head(score_area: int) -> None:
     """Refuse a number that is out of range.
 
     Raises:
         STPMError: It is; names it and its range.
     """
-    if not 0 <= score_share <= 1:
-        msg = f"score_share={score_share} must be a share of the anomaly map, or 0 for its maximum."
+    if score_area < 0 or score_area != int(score_area):
+        msg = f"score_area={score_area} must be a number of positions, such as 12, or 0 for the map's maximum."
         raise STPMError(msg)

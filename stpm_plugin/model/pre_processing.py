@@ -22,7 +22,8 @@ class STPMPreProcessor(PreProcessor):
 
     Args:
         transform: As in anomalib; ``None`` means antialiased resize to ``image_size``, then normalisation.
-        image_size: Height and width of the network's input, pixels; used when ``transform`` is ``None``.
+        image_size: Height and width of the network's input, pixels, or ``None`` for the images' own; used when
+            ``transform`` is ``None``.
         mean: The channels' means, for images in [0, 1]; used when ``transform`` is ``None``.
         std: The channels' standard deviations; used when ``transform`` is ``None``.
     """
@@ -30,12 +31,13 @@ class STPMPreProcessor(PreProcessor):
     def __init__(
         self,
         transform: Transform | None = None,
-        image_size: tuple[int, int] = (256, 256),
+        image_size: tuple[int, int] | None = (256, 256),
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         if transform is None:
-            transform = Compose([Resize(tuple(image_size), antialias=True), Normalize(list(mean), list(std))])
+            resized = [] if image_size is None else [Resize(tuple(image_size), antialias=True)]
+            transform = Compose([*resized, Normalize(list(mean), list(std))])
         super().__init__(transform)
         self.export_transform = exportable(self.transform, self.export_transform)
 

@@ -93,7 +93,8 @@ class Checkpointed(Base):
         tensors = checkpoint["state_dict"]
         state = tensors[saved_state.KEY] if saved_state.KEY in tensors else saved_state.upgraded(checkpoint)
         before = self.transform
-        if tuple(self.stated.get("image_size", ())) == tuple(checkpoint["hyper_parameters"].get("image_size", ())):
+        sizes = (settings.get("image_size", ()) for settings in (self.stated, checkpoint["hyper_parameters"]))
+        if len({size and tuple(size) for size in sizes}) == 1:
             self.stated.pop("image_size", None)  # as in training, where a pre-processor may have set another size
         saved_state.restore(_stpm(self), state, self.stated)
         super().on_load_checkpoint(checkpoint)

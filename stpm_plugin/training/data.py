@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from ..errors import STPMError
+from ..model.windows import Window
 from .feature_cache import FeatureCache
 
 # Transforms that give the same image every time. Anything else counts as augmentation.
@@ -26,9 +27,15 @@ DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Normalize, v2.ToDtype, v2.Grayscal
 
 @dataclass
 class TrainingBatch(ImageBatch):
-    """A batch of normal images (B, 3, H, W) and, where they are kept, the teacher's unit vectors (B, C_l, H_l, W_l)."""
+    """A batch of normal images (B, 3, H, W), with more where it is known.
+
+    Attributes:
+        teacher: The teacher's unit vectors (B, C_l, H_l, W_l) for each level.
+        windows: Of which larger image each image is a window.
+    """
 
     teacher: list[Tensor] | None = None
+    windows: list[Window] | None = None
 
 
 def images_of(batch: Batch) -> Tensor:

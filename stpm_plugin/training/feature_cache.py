@@ -57,6 +57,61 @@ class FeatureCache:
         return self.images[indices].float(), [level[indices] for level in self.teacher]
 
 
+class ImageCache:
+    """Images (3, H, W) of any sizes, uint8, in the order in which they are put.
+
+    Args:
+        directory: Of a file for each image; ``None`` for main memory.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
+        self.images: list[Tensor] = []
+
+    def put(self, image: Tensor) -> bool:
+        """Keep an image; returns whether there was room, and says so if there was none."""
+        if self.directory is not None:
+            try:
+                room = _mapped(self.directory, image.numel(), torch.uint8).view(image.shape)
+            except OSError as error:
+                kept = sum(one.numel() for one in self.images)
+                _no_room(kept + image.numel(), self.directory, error)
+                return False
+            room.copy_(image)
+            image = room
+        self.images.append(image)
+        return True
+
+    def get(self, index: int) -> Tensor:
+        """Return an image (3, H, W)."""
+        return self.images[index]
+
+
+def open_image_cache(
+    mode: CacheMode, directory: str | None, count: int, image: Tensor, device: torch.device, step: int, processes: int
+) -> ImageCache | None:
+    """Choose where to keep ``count`` images of about one size as bytes, and say so.
+
+    Args:
+        mode: As in :func:`open_cache`, but for a GPU's memory, which is left to the networks.
+        directory: As in :func:`open_cache`.
+        count: Number of images.
+        image: One image (3, H, W).
+        device: That trains.
+        step: As in :func:`open_cache`.
+        processes: As in :func:`open_cache`.
+
+    Returns:
+        The empty cache, or ``None`` where nothing is kept.
+    """
+    need = count * image.numel()
+    storage = _storage(mode, directory, need, torch.device("cpu"), processes)
+    if storage is None:
+        return None
+    _announce(f"{count} images", storage, need, device, step)
+    return ImageCache(storage if isinstance(storage, Path) else None)
+
+
 def open_cache(
     mode: CacheMode,
     directory: str | None,
@@ -86,28 +141,32 @@ def open_cache(
     storage = _storage(mode, directory, need, device, processes)
     if storage is None:
         return None
-    _announce(count, storage, need, device, step)
+    _announce(f"{count} images and their teacher features", storage, need, device, step)
     try:
         return FeatureCache(count, image, teacher, storage)
     except OSError as error:
-        free = shutil.disk_usage(storage).free / 2**30 if isinstance(storage, Path) and storage.is_dir() else 0.0
-        rank_zero_warn(
-            f"STPM: the cache of {need / 2**30:.2f} GiB finds no room in {storage} ({free:.2f} GiB free, "
-            f"{error.strerror}): training goes on without it, slower. Point cache_dir at a larger disk to have it."
-        )
+        _no_room(need, storage, error)
         return None
 
 
-def _announce(count: int, storage: torch.device | Path, need: int, device: torch.device, step: int) -> None:
-    """Log where ``count`` images go, and what the process will take, bytes of the cache and of a training step."""
+def _no_room(need: int, storage: torch.device | Path, error: OSError) -> None:
+    """Warn that ``need`` bytes cannot be kept."""
+    free = shutil.disk_usage(storage).free / 2**30 if isinstance(storage, Path) and storage.is_dir() else 0.0
+    rank_zero_warn(
+        f"STPM: the cache of {need / 2**30:.2f} GiB finds no room in {storage} ({free:.2f} GiB free, "
+        f"{error.strerror}): training goes on without it, slower. Point cache_dir at a larger disk to have it."
+    )
+
+
+def _announce(what: str, storage: torch.device | Path, need: int, device: torch.device, step: int) -> None:
+    """Log where what is kept goes, and what the process will take, bytes of the cache and of a training step."""
     peak = Counter(memory=psutil.Process().memory_info().rss)
     peak[_kind(device)] += step
     peak[_kind(storage)] += need
     peaks = ", ".join(f"{size / 2**30:.2f} GiB of {kind}" for kind, size in peak.items())
     where = f"a file in {storage}" if isinstance(storage, Path) else _kind(storage)
     rank_zero_info(
-        f"STPM: keeping {count} images and their teacher features in {where}, {need / 2**30:.2f} GiB; "
-        f"at its peak the process will take about {peaks}."
+        f"STPM: keeping {what} in {where}, {need / 2**30:.2f} GiB; at its peak the process will take about {peaks}."
     )
 
 
@@ -130,14 +189,14 @@ def _kind(storage: torch.device | Path) -> str:
     return "disk" if isinstance(storage, Path) else "memory" if storage.type == "cpu" else f"{storage.type} memory"
 
 
-def _mapped(directory: Path, count: int) -> Tensor:
+def _mapped(directory: Path, count: int, dtype: torch.dtype = KEPT_DTYPE) -> Tensor:
     """Map a new file of ``count`` values that has no name, so that no crash leaves it behind.
 
     Windows has no nameless files, and refuses to delete a mapped one: there it goes with the mapping, which holds the
     last handle of it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    size = count * KEPT_DTYPE.itemsize
+    size = count * dtype.itemsize
     with tempfile.TemporaryFile(prefix="stpm-cache-", dir=directory) as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a bus error later
@@ -145,4 +204,4 @@ def _mapped(directory: Path, count: int) -> Tensor:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         else:
             file.truncate(size)
-        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=KEPT_DTYPE)
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.export import Dim
 
 from ..errors import STPMError
 from .data import check_depth
@@ -74,6 +75,9 @@ class TrainedOnly(Base):
         if self.model.tiler is not None:
             msg = "a tiled model cannot be exported to ONNX or OpenVINO: train it on whole images, or use to_torch."
             raise STPMError(msg)
+        network = cast("STPM", self)
+        if network.network_size is None and kwargs.get("input_size", args[2] if len(args) > 2 else None) is None:
+            kwargs = {"dynamic_shapes": any_size(network.model.teacher.strides[-1]), **kwargs}
         # anomalib asks for operator set 14, which torch cannot write: it would try, log a traceback and write 18
         return super().to_onnx(*args, **{"opset_version": 18, "verbose": False, **kwargs})
 
@@ -83,3 +87,8 @@ class TrainedOnly(Base):
 
         self.require_trained()
         return export(cast("STPM", self), super().to_openvino, export_root, *args, **kwargs)
+
+
+def any_size(stride: int) -> tuple[dict[int, Any]]:
+    """Dynamic shapes of images of any size: anomalib's own example has 2 pixels, to which a graph would be bound."""
+    return ({0: Dim("batch_size"), 2: Dim("height", min=4 * stride), 3: Dim("width", min=4 * stride)},)

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..model.matching import anomaly_map, distances
+from .crops import common
+from .normal_images import Good
 from .thresholds import HeldOut, of_held_out
 
 if TYPE_CHECKING:
     from .lightning_model import STPM
-
-Batches = Iterable[tuple[Tensor, list[Tensor]]]  # pre-processed images (B, 3, H, W) and the teacher's unit vectors
 
 
 class Matched(NamedTuple):
@@ -34,12 +34,12 @@ class Matched(NamedTuple):
 
 
 @torch.no_grad()
-def score(module: STPM, batches: Batches) -> tuple[float, list[Matched]]:
+def score(module: STPM, batches: Iterable[Good]) -> tuple[float, list[Matched]]:
     """Score good images of all processes with the student as it is.
 
     Args:
         module: The model.
-        batches: This process's images (B, 3, H, W) and the teacher's unit vectors.
+        batches: This process's images.
 
     Returns:
         The mean over images and positions of the levels' product, as the authors take it, brought back to the
@@ -49,26 +49,36 @@ def score(module: STPM, batches: Batches) -> tuple[float, list[Matched]]:
     sums = torch.zeros(2, device=module.device)  # images, and their products
     kept = []
     module.model.eval()
-    for images, teacher in batches:
+    for good in batches:
         with module.autocast():
-            levels = distances(teacher, module.model.study(images))
-        size = (images.shape[-2], images.shape[-1])
-        product = anomaly_map(levels, size).pow(count).mean().unsqueeze(0)
-        sums += len(images) * torch.cat([product.new_ones(1), product])
-        kept.append(Matched(levels, size, teacher[-1]))
+            one = matched(module, good)
+        product = anomaly_map(one.levels, one.size).pow(count).mean().unsqueeze(0)
+        sums += len(good.images) * torch.cat([product.new_ones(1), product])
+        kept.append(one)
     module.model.train()
     seen, product = module.trainer.strategy.reduce(sums, reduce_op="sum")
     return float((product / seen).pow(1 / count)), kept
 
 
 @torch.no_grad()
-def predicted(module: STPM, batches: Batches) -> Iterator[InferenceBatch]:
+def predicted(module: STPM, batches: Iterable[Good]) -> Iterator[InferenceBatch]:
     """Predict this process's held-out images in full precision, as a deployed model does."""
     module.model.eval()
-    for images, teacher in batches:
-        height, width = images.shape[-2:]
-        yield module.model.score(distances(teacher, module.model.study(images)), (height, width), teacher[-1])
+    for good in batches:
+        yield module.model.score(*matched(module, good))
     module.model.train()
+
+
+def matched(module: STPM, good: Good) -> Matched:
+    """See a batch of good images as teacher and student do."""
+    height, width = good.images.shape[-2:]
+    if good.teacher is None:
+        levels, deepest = module.model.match(good.images)
+    else:
+        levels, deepest = distances(good.teacher, module.model.study(good.images)), good.teacher[-1]
+    if good.window is None:
+        return Matched(levels, (height, width), deepest)
+    return Matched(*common(levels, good.window, module.model), deepest)
 
 
 def ordinary_score(module: STPM, matched: Iterable[Matched], count: int) -> Tensor:

@@ -27,13 +27,14 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Resize
 
 from ..errors import STPMError
-from ..model.matching import matching_loss
+from ..model.matching import distances, loss_of
 from ..model.network import STPMModel
 from ..model.pre_processing import STPMPreProcessor
 from ..model.teacher_weights import load_teacher
 from ..register import publish
 from . import saved_state
 from .checkpoints import Checkpointed
+from .crops import unspoilt
 from .data import TrainingBatch, images_of
 from .data_record import DataRecord
 from .diagnostics import FailureReport, TimeLeft, check_run
@@ -47,6 +48,8 @@ from .thresholds import STPMPostProcessor
 from .verdict_pictures import VerdictPictures
 
 Precision = Literal["auto", "trainer"]
+
+CROP_SIZE = 256  # pixels along a side: as many as a resized image has
 
 
 class STPM(Checkpointed, TrainedOnly, AnomalibModule):
@@ -63,9 +66,12 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         teacher_weights: Path of a ``.safetensors`` or ``.pth`` file; ``lite0`` for ImageNet weights of
             ``tf_efficientnet_lite0``, which are installed with this package; ``None`` for timm's pretrained weights,
             which are downloaded.
-        image_size: Height and width to which images are resized, pixels.
-        score_share: Share of the anomaly map, its highest values, that the image score is made of: how far they stand
-            out of the image's own map; 0 for the map's maximum, as in the paper.
+        image_size: Height and width to which images are resized, pixels; ``None`` for the images' own size, which may
+            be uneven.
+        crop_size: Side of the crops on which images of their own size train, pixels, besides a margin as wide as the
+            network sees; ``None`` for 256 where ``image_size`` is ``None``, and for whole images elsewhere.
+        score_area: Positions of the finest level, the most anomalous, that the image score is made of: how far they
+            stand out of the image's own map; 0 for the map's maximum, as in the paper.
         aligned: Whether parts lie alike in all images, so that what is missing or in the wrong place is anomalous;
             ``None`` where the training images say so; ``False`` as in the paper.
         hard_share: Share of the positions in a batch, those of the largest distances, that train; 1 for all, as in
@@ -110,8 +116,9 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         backbone: str = "resnet18.tv_in1k",
         layers: Sequence[str | int] | None = None,
         teacher_weights: str | None = None,
-        image_size: tuple[int, int] = (256, 256),
-        score_share: float = 0.003,
+        image_size: tuple[int, int] | None = (256, 256),
+        crop_size: int | None = None,
+        score_area: int = 12,
         aligned: bool | None = None,
         hard_share: float = 0.2,
         lr: float = 1.6,
@@ -133,14 +140,16 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
     ) -> None:
         check_shares(holdout, hard_share)
         check_steps(steps)
+        self_sized = image_size is None and pre_processor is True
         made = default_pre_processor(backbone, image_size) if pre_processor is True else pre_processor
         super().__init__(made, post_processor, evaluator, visualizer)
-        self.model = seeded_model(seed, backbone, layers, score_share)
+        self.model = seeded_model(seed, backbone, layers, score_area)
         self.teacher_weights, self.precision, self.seed = teacher_weights, precision, seed
         self.lr, self.momentum, self.weight_decay, self.hard_share = lr, momentum, weight_decay, hard_share
         self.schedule, self.epochs, self.steps, self.batch_size = schedule, epochs, steps, batch_size
         self.holdout, self.cache, self.cache_dir = holdout, cache, cache_dir
-        self.aligned = aligned
+        self.aligned, self.crop_size = aligned, CROP_SIZE if self_sized and crop_size is None else crop_size
+        check_crops(self)
         self.trained = self.teacher_ready = False
         self.data_record: DataRecord | None = None
         self.stated = saved_state.stated_arguments(self, () if pre_processor is True else ("pre_processor",))
@@ -226,7 +235,10 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         teacher = batch.teacher or self.model.teach(images)
         with self.autocast():
             student = self.model.study(images)
-        loss = matching_loss(teacher, student, self.hard_share)
+        levels = distances(teacher, student)
+        if batch.windows is not None:
+            levels = unspoilt(levels, batch.windows, self.model)
+        loss = loss_of(levels, self.hard_share)
         if not torch.isfinite(loss):
             msg = (
                 f"the loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}: lower lr ({self.lr}). "
@@ -278,6 +290,26 @@ def check_shares(holdout: float, hard_share: float) -> None:
         raise STPMError(msg)
 
 
+def check_crops(module: STPM) -> None:
+    """Refuse crops of images that are resized.
+
+    Raises:
+        STPMError: ``crop_size`` is stated, and the pre-processor resizes, or it is no number of pixels.
+    """
+    if module.crop_size is None:
+        return
+    if module.crop_size < 1:
+        msg = f"crop_size={module.crop_size} must be the side of a crop, pixels, such as 256."
+        raise STPMError(msg)
+    if module.network_size is not None:
+        height, width = module.network_size
+        msg = (
+            f"crop_size={module.crop_size} trains on crops of images at their own size, and these are resized to "
+            f"{height} x {width}: set image_size to null, or leave crop_size out."
+        )
+        raise STPMError(msg)
+
+
 def check_steps(steps: tuple[int, int] | None) -> None:
     """Refuse a budget that no run can keep to.
 
@@ -297,8 +329,8 @@ def seeded_model(seed: int | None, *arguments: Any) -> STPMModel:
         return STPMModel(*arguments)
 
 
-def default_pre_processor(backbone: str, image_size: tuple[int, int]) -> PreProcessor:
-    """Resize to ``image_size`` and normalise as the backbone's weights of timm were trained."""
+def default_pre_processor(backbone: str, image_size: tuple[int, int] | None) -> PreProcessor:
+    """Resize to ``image_size``, if there is one, and normalise as the backbone's weights of timm were trained."""
     config = timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
     statistics: dict[str, Any] = {"mean": config.mean, "std": config.std} if config else {}
     return STPMPreProcessor(image_size=image_size, **statistics)

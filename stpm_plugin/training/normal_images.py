@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import wrapt
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from ..errors import STPMError
 from ..model.matching import matching_loss
 from ..model.usual_places import UsualPlaces
+from ..model.windows import Window
 from .data import (
     Split,
     TrainingBatches,
@@ -61,6 +62,20 @@ class StandIn(wrapt.ObjectProxy):
             return self.__wrapped__.val_dataloader()
         warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # meant to be
         return []
+
+
+class Good(NamedTuple):
+    """A batch of a run's good images.
+
+    Attributes:
+        images: Pre-processed (B, 3, H, W).
+        teacher: The teacher's unit vectors (B, C_l, H_l, W_l) for each level, where they are known.
+        window: Of which larger image they are a window, if they are.
+    """
+
+    images: Tensor
+    teacher: list[Tensor] | None = None
+    window: Window | None = None
 
 
 class NormalImages:
@@ -126,11 +141,15 @@ class NormalImages:
         """Training images of all processes."""
         return len(self._split.train) * self.module.trainer.world_size
 
-    def held_out(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Yield this process's held-out images (B, 3, H, W), pre-processed, and the teacher's unit vectors."""
+    def held_out(self) -> Iterator[Good]:
+        """Yield this process's held-out images."""
         return self._read(self._split.holdout, len(self._split.train))
 
-    def training(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    def for_choice(self) -> Iterator[Good]:
+        """Yield what of them each epoch is judged by."""
+        return self.held_out()
+
+    def training(self) -> Iterator[Good]:
         """Yield this process's training images likewise, in order."""
         return self._read(self._split.train, 0)
 
@@ -147,8 +166,12 @@ class NormalImages:
         self._record = record = self._hold_out(drawn, seed, module.data_record)
         parts = share_out(len(drawn), record.held_out, trainer.global_rank, trainer.world_size)
         self._split = Split(*([drawn[index] for index in part] for part in parts))
+        return self._make_batches(self._split.train, record.seed)
+
+    def _make_batches(self, indices: Sequence[int], seed: int) -> TrainingBatches:
+        """Keep the images, if they are to be kept, and make the batches of those at ``indices``."""
         self._cache = self._keep([*self._split.train, *self._split.holdout]) if self._may_keep() else None
-        return TrainingBatches(loader, self._split.train, self._batch_size, record.seed, self._cache)
+        return TrainingBatches(self._loader, indices, self._batch_size, seed, self._cache)
 
     @functools.cached_property
     def _places(self) -> UsualPlaces | None:
@@ -200,9 +223,7 @@ class NormalImages:
         cache, start = None, 0
         total = -(-len(indices) // size)
         batches = read(self._loader, indices, size)
-        for batch in track(
-            batches, "reading images and teacher features", total, disable=not module.trainer.is_global_zero
-        ):
+        for batch in reading(batches, total, "reading images and teacher features", module):
             images = images_of(batch)
             teacher = module.model.teach(self._prepared(images))
             if cache is None:
@@ -224,16 +245,21 @@ class NormalImages:
         images = images.to(self.module.device)
         return self.module.transform(images) if self.module.transform else images
 
-    def _read(self, indices: Sequence[int], start: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    def _read(self, indices: Sequence[int], start: int) -> Iterator[Good]:
         """Yield images and unit vectors at indices in the data set, kept in the cache from ``start`` on."""
         if self._cache is None:
             for batch in read(self._loader, indices, self._batch_size):
                 images = self._prepared(images_of(batch))
-                yield images, self.module.model.teach(images)
+                yield Good(images, self.module.model.teach(images))
         else:
             for kept in torch.arange(start, start + len(indices)).split(self._batch_size):
                 images, teacher = self._cache.get(kept)
-                yield self._prepared(images), [level.to(self.module.device) for level in teacher]
+                yield Good(self._prepared(images), [level.to(self.module.device) for level in teacher])
+
+
+def reading(batches: Iterable[Any], total: int, words: str, module: STPM) -> Iterable[Any]:
+    """Show a bar while so many batches are read, in the first process."""
+    return track(batches, words, total, disable=not module.trainer.is_global_zero)
 
 
 def activation_bytes(module: STPM, images: Tensor) -> int:

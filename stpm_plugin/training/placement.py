@@ -51,7 +51,7 @@ def learn(module: STPM, images: NormalImages) -> UsualPlaces | None:
         return None
 
     def features() -> Iterator[Tensor]:
-        return (teacher[-1].float() for _, teacher in images.training())
+        return (good.teacher[-1].float() for good in images.training() if good.teacher is not None)
 
     count, mean, variance = moments(features, module)
     share = alignment(mean, variance)

@@ -9,6 +9,7 @@ from the constructor's default, or was given to `load_from_checkpoint`: the comm
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,10 +27,10 @@ from .thresholds import STPMPostProcessor
 if TYPE_CHECKING:
     from .lightning_model import STPM
 
-FORMAT = 2  # 1: of versions 0.1 and 0.2, which could weigh the levels, and whose scores were means
+FORMAT = 3  # 2: with `score_share`; 1: of versions 0.1 and 0.2, which could weigh levels, and whose scores were means
 KEY = "_extra_state"  # torch's name in a state dict
 ARCHITECTURE = ("backbone", "layers")
-HEAD = ("score_share",)
+HEAD = ("score_area",)
 GONE = ("model.level_scales",)  # tensors that versions 0.1 and 0.2 saved
 PAPERS_HEAD = {"score_share": 0.0, "level_power": 0.0, "finest_weight": 1.0}
 INTERCHANGEABLE = (PostProcessor.__name__, STPMPostProcessor.__name__)
@@ -71,6 +72,8 @@ def restore(module: STPM, state: Mapping[str, Any], stated: Mapping[str, Any]) -
     _refuse_another_architecture(module, state, stated)
     size = module.network_size
     _restore_pre_processor(module, state["pre_processor"], stated)
+    if "score_area" not in state:
+        state = {**state, "score_area": area_of(state, module.network_size)}
     taken = [] if module.network_size == size else [f"image_size={module.network_size}"]
     _restore_post_processor(module, state["post_processor"])
     taken += _restore_network(module, state, stated)
@@ -82,8 +85,7 @@ def restore(module: STPM, state: Mapping[str, Any], stated: Mapping[str, Any]) -
     module.hparams.update(
         {name: state[name] for name in ARCHITECTURE} | {name: getattr(module.model, name) for name in HEAD}
     )
-    if module.network_size is not None:
-        module.hparams["image_size"] = module.network_size
+    module.hparams["image_size"] = module.network_size
 
 
 def stated_arguments(module: STPM, components: Iterable[str]) -> dict[str, Any]:
@@ -151,11 +153,11 @@ def _restore_pre_processor(module: STPM, saved: Mapping[str, Any] | None, stated
         raise STPMError(msg)
     if changed and own is not None:
         own.load_checkpoint_config(wanted)
-    size = stated.get("image_size")
-    if size is not None and "pre_processor" not in stated and tuple(size) != module.network_size:
+    size = tuple(stated["image_size"]) if stated.get("image_size") else None
+    if "image_size" in stated and "pre_processor" not in stated and size != module.network_size:
         trained_on = "{} x {} pixels".format(*module.network_size) if module.network_size else "their own size"
         msg = (
-            f"image_size={tuple(size)} was stated, and the checkpoint's model was trained on images of {trained_on}: "
+            f"image_size={size} was stated, and the checkpoint's model was trained on images of {trained_on}: "
             "leave image_size out."
         )
         raise STPMError(msg)
@@ -252,7 +254,7 @@ def refuse_older_head(state: Mapping[str, Any]) -> None:
         STPMError: It is of version 0.1 or 0.2, and not of the paper's head, which has stayed what it was.
     """
     head = {name: state.get(name, plain) for name, plain in PAPERS_HEAD.items()}
-    if state["format"] < FORMAT and head != PAPERS_HEAD:
+    if state["format"] < 2 and head != PAPERS_HEAD:
         settings = ", ".join(f"{name} {value}" for name, value in head.items())
         msg = (
             f"the checkpoint is of stpm_plugin 0.1 or 0.2 and its scores ({settings}) are no longer computed, so its "
@@ -260,6 +262,25 @@ def refuse_older_head(state: Mapping[str, Any]) -> None:
             "were exported to OpenVINO go on as they are."
         )
         raise STPMError(msg)
+
+
+def area_of(state: Mapping[str, Any], size: tuple[int, int] | None) -> int:
+    """The positions that `score_share` of an older state comes to, for images of so many pixels.
+
+    Raises:
+        STPMError: Its images have no size of their own.
+    """
+    share = state["score_share"]
+    if not share:
+        return 0
+    if size is None:
+        msg = (
+            f"the checkpoint's score is made of a share of the map ({share}), which is no longer computed for images "
+            "of all sizes: train the model anew."
+        )
+        raise STPMError(msg)
+    stride = FeaturePyramid(state["backbone"], state["layers"]).strides[0]
+    return max(1, math.prod(length // stride for length in size) * round(share * 1e6) // 10**6)
 
 
 def upgraded(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ..errors import STPMError
+from .crops import CroppedImages
 from .held_out import Matched, gathered, ordinary_score, predicted, score, share_statistics
 from .normal_images import NormalImages, StandIn
 from .schedule import is_last_pass
@@ -56,6 +57,7 @@ class WeightSelection(Callback):
 
     def __init__(self) -> None:
         self.images: NormalImages | None = None
+        self._resized = True  # whether the run's images are
         self._reset()
 
     def _reset(self) -> None:
@@ -76,13 +78,14 @@ class WeightSelection(Callback):
         self._give_back(trainer)
         self._reset()
         module.trained = False
+        self._resized = module.network_size is not None
         source = getattr(trainer, "datamodule", None)
         if source is None:
             msg = (
                 "STPM holds out and keeps training images itself: pass Engine.fit a datamodule instead of data loaders."
             )
             raise STPMError(msg)
-        self.images = NormalImages(module, source)
+        self.images = NormalImages(module, source) if module.crop_size is None else CroppedImages(module, source)
         trainer.datamodule = StandIn(source, self.images, validates_each_epoch(trainer, module))  # type: ignore[attr-defined]
         module.plan(self.images)
 
@@ -151,7 +154,7 @@ class WeightSelection(Callback):
         share_statistics(module)
         value = float("nan")
         if module.holdout:
-            value, kept = score(module, self._run_images.held_out())
+            value, kept = score(module, self._run_images.for_choice())
             module.log("holdout_score", value, prog_bar=True, on_step=False, on_epoch=True, batch_size=1)
         self.scores.append(value)
         worse = self.chosen is not None and math.isfinite(self.chosen.score) and not value < self.chosen.score
@@ -241,6 +244,9 @@ class WeightSelection(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         module = cast("STPM", pl_module)
+        if self._resized != (module.network_size is not None):  # the images were opened before
+            msg = "the checkpoint's model trained on images at their own size: state image_size null to resume it."
+            raise STPMError(msg)
         self._reset()
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None:

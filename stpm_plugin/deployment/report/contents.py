@@ -19,10 +19,9 @@ from ...errors import STPMError
 from ...training.data_record import SHORT, identify
 from ..exported_model import HELD_OUT, TRAINED, digest, files_of, images_of, read_model
 from ..images import DECODERS, HEATMAP, decode
-from ..scorer import changed
 from ..settings import options_in
 from ..table import Stamp, read_rows, stamp, video_of
-from ..verdict import Scale, Verdict, read_verdict
+from ..verdict import Scale, Verdict, changed, read_verdict
 
 GOOD, UNLABELLED = "good", "images"  # kinds of those that are good, and of those of which nothing is known
 SIDE, QUALITY = 160, 75  # of the pictures, pixels and JPEG's percentage: 5,000 take about 25 MB

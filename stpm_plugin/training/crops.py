@@ -1,0 +1,194 @@
+"""Training at the images' own size: each step draws windows of them, and counts what equals the whole image's step.
+
+The teacher sees the same window as the student, rather than the whole image once: a run of 600 steps looks at a few
+hundred windows, and a hundred images of four megapixels have 6,000.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from ..errors import STPMError
+from ..model.network import BYTES_A_PIXEL, STPMModel
+from ..model.windows import LARGEST, Reach, Window, drawn
+from .data import TrainingBatch, TrainingBatches, images_of, read, sizes_differ
+from .feature_cache import ImageCache, open_image_cache
+from .normal_images import Good, NormalImages, activation_bytes, reading
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from .lightning_model import STPM
+
+CHOSEN_BY = 8  # windows of held-out images, at least, that an epoch is judged by
+PRIME = 1_000_003  # by which the numbers that name a window make a seed
+PIXEL_BY_PIXEL = (v2.Compose, v2.Normalize, v2.ToDtype, v2.Grayscale, v2.Identity)
+
+
+class CroppedImages(NormalImages):
+    """The good images of a run that trains on windows of them."""
+
+    _kept: ImageCache | None = None
+
+    def for_choice(self) -> Iterator[Good]:
+        """Yield the same windows of this process's held-out images in each epoch."""
+        indices = self._split.holdout
+        each = -(-CHOSEN_BY // max(1, len(indices)))
+        for index, image in zip(indices, self._whole(indices, len(self._split.train)), strict=True):
+            for number in range(each):
+                window = self._window(image.shape[-2:], index, number)
+                yield Good(self._prepared(window.of(image)[None].float() / 255), None, window)
+
+    def at(self, numbers: Sequence[int]) -> Iterator[Tensor]:
+        """Yield this process's training images (3, H, W), uint8, by their numbers among them."""
+        if self._kept is not None:
+            return (self._kept.get(number) for number in numbers)
+        return self._whole([self._split.train[number] for number in numbers], 0)
+
+    def _make_batches(self, indices: Sequence[int], seed: int) -> TrainingBatches:
+        self._check()
+        self._kept = self._keep_bytes([*self._split.train, *self._split.holdout]) if self._may_keep() else None
+        return CropBatches(self, self._loader, indices, self._batch_size, seed)
+
+    def _read(self, indices: Sequence[int], start: int) -> Iterator[Good]:
+        """Yield whole images at indices in the data set, kept from ``start`` on."""
+        for image in self._whole(indices, start):
+            yield Good(self._prepared(image[None].float() / 255))
+
+    def _whole(self, indices: Sequence[int], start: int) -> Iterator[Tensor]:
+        """Yield images (3, H, W), uint8, at indices in the data set, kept from ``start`` on."""
+        if self._kept is not None:
+            yield from (self._kept.get(index) for index in range(start, start + len(indices)))
+        else:
+            yield from (as_bytes(images_of(batch)[0]) for batch in read(self._loader, indices, 1))
+
+    def _window(self, size: Sequence[int], *numbers: int) -> Window:
+        """Draw a window of an image of so many rows and columns; equal numbers draw equal windows."""
+        return draw_window(size, self.module, self._record.seed, *numbers)
+
+    def _check(self) -> None:
+        """Refuse what cannot be trained in windows.
+
+        Raises:
+            STPMError: The network sees the whole image, or the pre-processor more than one pixel.
+        """
+        module, transform = self.module, self.module.transform
+        if module.model.reaches is None:
+            msg = (
+                f"crop_size={module.crop_size}: each position of {module.model.backbone} sees the whole image, or it "
+                "takes images of one size, so a crop cannot stand for the image: set image_size, or choose another "
+                "backbone."
+            )
+            raise STPMError(msg)
+        odd = [part for part in (transform, *getattr(transform, "transforms", ())) if part is not None]
+        odd = [part for part in odd if not isinstance(part, PIXEL_BY_PIXEL)]
+        if odd:
+            msg = (
+                f"crop_size={module.crop_size} trains on crops of images at their own size, and the pre-processor has "
+                f"a {type(odd[0]).__name__}: set image_size instead, or leave that out."
+            )
+            raise STPMError(msg)
+
+    def _keep_bytes(self, indices: Sequence[int]) -> ImageCache | None:
+        """Read each image once."""
+        module, cache = self.module, None
+        for batch in reading(read(self._loader, indices, 1), len(indices), "reading images", module):
+            image = images_of(batch)[0]
+            if cache is None:
+                window = self._window(image.shape[-2:], 0).of(image)
+                step = self._batch_size * activation_bytes(module, self._prepared(window[None]))
+                scoring = BYTES_A_PIXEL * min(image[0].numel(), LARGEST**2)
+                cache = open_image_cache(
+                    module.cache,
+                    module.cache_dir,
+                    len(indices),
+                    image,
+                    module.device,
+                    max(step, scoring),
+                    module.trainer.num_devices,
+                )
+            if cache is None or not cache.put(as_bytes(image)):
+                return None
+        return cache
+
+
+class CropBatches(TrainingBatches):
+    """The loader that Lightning iterates: shuffled batches of windows, one of each image in an epoch.
+
+    Args:
+        images: Give the images themselves.
+        loader: As in :class:`TrainingBatches`, as are the rest.
+        indices: Indices of the training images in its data set.
+        batch_size: Windows in a batch.
+        seed: Seed of the order, and of the windows.
+    """
+
+    def __init__(
+        self, images: CroppedImages, loader: DataLoader, indices: Sequence[int], batch_size: int, seed: int
+    ) -> None:
+        super().__init__(loader, indices, batch_size, seed, None)
+        self.images = images
+
+    def _batches(self, order: Tensor) -> Iterator[TrainingBatch]:
+        whole = self.images.at(order.tolist())
+        for chosen in order.split(self.batch_size):
+            crops, windows = [], []
+            for number, image in zip(chosen.tolist(), itertools.islice(whole, len(chosen)), strict=True):
+                window = draw_window(image.shape[-2:], self.images.module, self.seed, self.epoch, number)
+                crops.append(window.of(image).float() / 255)
+                windows.append(window)
+                if crops[-1].shape != crops[0].shape:
+                    raise STPMError(sizes_differ("of a batch", image.shape, crops[0].shape))
+            yield TrainingBatch(image=torch.stack(crops), windows=windows)
+
+
+def draw_window(size: Sequence[int], module: STPM, *numbers: int) -> Window:
+    """Draw a window of an image of so many rows and columns; equal numbers draw equal windows."""
+    generator = torch.Generator().manual_seed(functools.reduce(lambda made, one: (made * PRIME + one) % 2**63, numbers))
+
+    def draw(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    rows, columns = (drawn(length, module.crop_size or 0, module.model.reaches or [], draw) for length in size)
+    return Window(rows, columns)
+
+
+def unspoilt(levels: Sequence[Tensor], windows: Sequence[Window], model: STPMModel) -> list[Tensor]:
+    """Keep those distances of windows that equal the whole images'.
+
+    Args:
+        levels: Distances (B, h_l, w_l) for each level.
+        windows: One for each of B.
+        model: Whose levels they are.
+
+    Returns:
+        Distances (N_l,) for each level.
+    """
+    made = []
+    for level, reach in zip(levels, model.reaches or [], strict=True):
+        kept = (window.kept(one, reach).flatten() for one, window in zip(level, windows, strict=True))
+        made.append(torch.cat(list(kept)))
+    return made
+
+
+def common(levels: Sequence[Tensor], window: Window, model: STPMModel) -> tuple[list[Tensor], tuple[int, int]]:
+    """Keep the part of a window's distances (1, h_l, w_l) that is unspoilt at each level; and its size, pixels."""
+    seen = model.reaches or []
+    deepest, kept = seen[-1], []
+    for level, reach in zip(levels, seen, strict=True):
+        times = deepest.stride // reach.stride
+        kept.append(window.kept(level, Reach(reach.stride, times * deepest.before, times * deepest.after)))
+    height, width = kept[0].shape[-2:]
+    return kept, (height * seen[0].stride, width * seen[0].stride)
+
+
+def as_bytes(image: Tensor) -> Tensor:
+    """An image (3, H, W) in [0, 1] as it was read, uint8."""
+    return torch.mul(image, 255).add_(0.5).to(torch.uint8)
