@@ -124,7 +124,7 @@ def test_a_wrong_line_is_one_sentence(line, words, capsys):
         ("train parts --masks empty", "--masks are the masks of bad images: give --bad too."),
         ("train parts --bad missing", "--bad missing is not there: name a folder."),
         ("train parts --bad empty", "--bad empty holds no image."),
-        ("train parts --recipe nope", "--recipe nope is neither `folder` nor a YAML file"),
+        ("train parts --recipe nope", "--recipe nope is neither `folder`, `native` nor a YAML file"),
         ("train parts --recipe padim.yaml", "padim.yaml trains anomalib.models.Padim, and this command STPM alone"),
         ("train parts --recipe table.yaml", "table.yaml is no YAML of settings with model and data"),
         ("export missing", "missing does not exist: name the folder of a run, or its .ckpt file."),

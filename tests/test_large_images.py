@@ -147,7 +147,7 @@ def own_size(tmp_path_factory):
     """A model trained on images of uneven sizes, its engine and data."""
     root = tmp_path_factory.mktemp("uneven")
     rng = np.random.default_rng(0)
-    for kind, count in (("good", 10), ("bad", 2)):
+    for kind, count in (("good", 6), ("bad", 2)):
         (root / kind).mkdir()
         for index in range(count):
             size = (int(rng.integers(150, 260)), int(rng.integers(150, 260)))
