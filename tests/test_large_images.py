@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import sys
 
 import cv2
@@ -249,13 +250,19 @@ def test_crops_of_resized_images_are_refused(settings, words):
     [
         ({"backbone": "mobilenetv3_small_100", "layers": None}, "mobilenetv3_small_100 sees the whole image"),
         ({"batch_size": 2}, r"training image .* has .* pixels and others .*batch_size=1"),
+        ({"layers": [4]}, r"training image .*tiny.png has 20 x 40 pixels, and resnet18 needs 32 along each side"),
         ({"aligned": True}, "aligned=True was stated, but images are not resized to one size"),
     ],
 )
 def test_what_cannot_train_at_its_own_size_is_said(settings, words, own_size, tmp_path, monkeypatch):
     monkeypatch.setattr("stpm_plugin.training.lightning_model.load_teacher", lambda *_: None)
+    data = own_size[2]()
+    if settings.get("layers"):
+        shutil.copytree(own_size[3], tmp_path / "images")
+        Image.new("RGB", (40, 20)).save(tmp_path / "images/good/tiny.png")
+        data = Folder("tiny", root=tmp_path / "images", normal_dir="good", num_workers=0, val_split_mode="none")
     with pytest.raises(STPMError, match=words):
-        fit(own_size[2](), tmp_path, 1, visualizer=False, **{**OWN_SIZE, **settings})
+        fit(data, tmp_path, 1, visualizer=False, **{**OWN_SIZE, **settings})
 
 
 def test_a_stated_size_against_the_checkpoints_is_refused(own_size, trained, tmp_path):

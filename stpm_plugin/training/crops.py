@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from anomalib.data import ImageBatch
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -67,7 +68,22 @@ class CroppedImages(NormalImages):
         if self._kept is not None:
             yield from (self._kept.get(index) for index in range(start, start + len(indices)))
         else:
-            yield from (as_bytes(images_of(batch)[0]) for batch in read(self._loader, indices, 1))
+            yield from (self._bytes(batch) for batch in read(self._loader, indices, 1))
+
+    def _bytes(self, batch: ImageBatch) -> Tensor:
+        """An image (3, H, W) as it was read, uint8, of a batch of one in [0, 1].
+
+        Raises:
+            STPMError: It is smaller than the network can take; names it.
+        """
+        image, smallest = images_of(batch)[0], self.module.model.teacher.strides[-1]
+        if min(image.shape[1:]) < smallest:
+            msg = (
+                f"training image {(batch.image_path or ['?'])[0]} has {image.shape[1]} x {image.shape[2]} pixels, and "
+                f"{self.module.model.backbone} needs {smallest} along each side: take it out of the folder."
+            )
+            raise STPMError(msg)
+        return torch.mul(image, 255).add_(0.5).to(torch.uint8)
 
     def _window(self, size: Sequence[int], *numbers: int) -> Window:
         """Draw a window of an image of so many rows and columns; equal numbers draw equal windows."""
@@ -100,7 +116,7 @@ class CroppedImages(NormalImages):
         """Read each image once."""
         module, cache = self.module, None
         for batch in reading(read(self._loader, indices, 1), len(indices), "reading images", module):
-            image = images_of(batch)[0]
+            image, pixels = images_of(batch)[0], self._bytes(batch)
             if cache is None:
                 window = self._window(image.shape[-2:], 0).of(image)
                 step = self._batch_size * activation_bytes(module, self._prepared(window[None]))
@@ -114,7 +130,7 @@ class CroppedImages(NormalImages):
                     max(step, scoring),
                     module.trainer.num_devices,
                 )
-            if cache is None or not cache.put(as_bytes(image)):
+            if cache is None or not cache.put(pixels):
                 return None
         return cache
 
@@ -187,8 +203,3 @@ def common(levels: Sequence[Tensor], window: Window, model: STPMModel) -> tuple[
         kept.append(window.kept(level, Reach(reach.stride, times * deepest.before, times * deepest.after)))
     height, width = kept[0].shape[-2:]
     return kept, (height * seen[0].stride, width * seen[0].stride)
-
-
-def as_bytes(image: Tensor) -> Tensor:
-    """An image (3, H, W) in [0, 1] as it was read, uint8."""
-    return torch.mul(image, 255).add_(0.5).to(torch.uint8)
