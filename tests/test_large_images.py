@@ -15,7 +15,7 @@ from anomalib.engine import Engine
 from conftest import TINY, command, fit
 from PIL import Image
 
-from stpm_plugin import STPM, DemoData, STPMModel, STPMPreProcessor
+from stpm_plugin import STPM, DemoData, OpenVINOExport, STPMModel, STPMPreProcessor
 from stpm_plugin.deployment import large_images
 from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.errors import STPMError
@@ -274,6 +274,18 @@ def test_a_stated_size_against_the_checkpoints_is_refused(own_size, trained, tmp
         STPM.load_from_checkpoint(trained[2], image_size=None)
     with pytest.raises(STPMError, match="trained on images at their own size: state image_size null to resume it"):
         fit(DemoData(root=tmp_path, **TINY), tmp_path, 3, ckpt_path=checkpoint, image_size=(256, 256))
+
+
+def test_what_pads_by_the_size_is_exported_for_one_alone(own_size, tmp_path):
+    """And that is said before a training that would end with its export."""
+    words = "tf_efficientnet_lite0 pads by the size of the image, .* name one with input_size"
+    settings = {**OWN_SIZE, "backbone": "tf_efficientnet_lite0", "layers": [1, 2]}
+    model = STPM(**settings)
+    model.trained = True
+    with pytest.raises(STPMError, match=words):
+        model.to_openvino(tmp_path)
+    with pytest.raises(STPMError, match=words):
+        fit(own_size[2](), tmp_path, 1, trainer={"callbacks": [OpenVINOExport()]}, **settings)
 
 
 def test_a_model_of_one_size_takes_no_other(own_size, tmp_path):
