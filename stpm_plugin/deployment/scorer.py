@@ -84,7 +84,7 @@ class Scorer:
         settings: The options that decide a verdict, in words.
         verdict: The thresholds in use; ``None`` if the model describes none.
         size: Height and width to which images are resized first, pixels; ``None`` if they are not.
-        only: Height and width that images must have, where they are not resized and the graph takes no others.
+        only: Height and width that images must have, where the graph takes no others.
         smallest: Pixels that an image has at least, along each side.
         large: Scores images in windows that are too large for one request; ``None`` for a graph that resizes them.
 
