@@ -44,7 +44,7 @@ class CroppedImages(NormalImages):
         each = -(-CHOSEN_BY // max(1, len(indices)))
         for index, image in zip(indices, self._whole(indices, len(self._split.train)), strict=True):
             for number in range(each):
-                window = self._window(image.shape[-2:], index, number)
+                window = draw_window(image.shape[-2:], self.module, self._record.seed, index, number)
                 yield Good(self._prepared(window.of(image)[None].float() / 255), None, window)
 
     def at(self, numbers: Sequence[int]) -> Iterator[Tensor]:
@@ -85,10 +85,6 @@ class CroppedImages(NormalImages):
             raise STPMError(msg)
         return torch.mul(image, 255).add_(0.5).to(torch.uint8)
 
-    def _window(self, size: Sequence[int], *numbers: int) -> Window:
-        """Draw a window of an image of so many rows and columns; equal numbers draw equal windows."""
-        return draw_window(size, self.module, self._record.seed, *numbers)
-
     def _check(self) -> None:
         """Refuse what cannot be trained in windows.
 
@@ -118,7 +114,7 @@ class CroppedImages(NormalImages):
         for batch in reading(read(self._loader, indices, 1), len(indices), "reading images", module):
             image, pixels = images_of(batch)[0], self._bytes(batch)
             if cache is None:
-                window = self._window(image.shape[-2:], 0).of(image)
+                window = draw_window(image.shape[-2:], module, self._record.seed, 0).of(image)
                 step = self._batch_size * activation_bytes(module, self._prepared(window[None]))
                 scoring = BYTES_A_PIXEL * min(image[0].numel(), LARGEST**2)
                 cache = open_image_cache(
