@@ -2,14 +2,14 @@
 
     python -m benchmarks.large_images run drawn --teacher FILE --sizes 256 512 own     # draws 2048 x 2048 pixels
     python -m benchmarks.large_images run DIR/grid DIR/bottle --teacher FILE --sizes 256 own
-    python -m benchmarks.large_images kept DIR/grid --teacher FILE --kept KEPT         # students of benchmarks.students
     python -m benchmarks.large_images score --teacher FILE      # time and memory of `stpm score` on 12 megapixels
     python -m benchmarks.large_images table
 
-A size is that to which images are resized, or `own`, or `half`: likewise with half the steps. Each fit is a process of
-its own, by anomalib's Engine, alone on the machine; rows are written as they come to `results/large_images.json`, and
-what has a row is not run again. Maps are compared with masks at the masks' size. Recipes are the plugin's; at their own
-size `configs/native.yaml`'s, but for the hold-out, which is the others'.
+A size is that to which images are resized, or `own`; `half` has half the steps, `own-160` crops of 160 pixels.
+`PatchCore-512` and `Stfpm-512` are anomalib's at that size, the latter with tiles of 256 that overlap by half. Each fit
+is a process of its own, by anomalib's Engine, alone on the machine; rows are written as they come to
+`results/large_images.json`, and what has a row is not run again. Maps are compared with masks at the masks' size.
+Recipes are the plugin's; at their own size `configs/native.yaml`'s, but for the hold-out, which is the others'.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import resource
 import statistics
 import subprocess
@@ -32,27 +33,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data import AnomalibDataModule, MVTecAD
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, AnomalibMetric
+from anomalib.models import AnomalibModule, Patchcore, Stfpm
+from huggingface_hub import constants
+from lightning import seed_everything
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.environment import environment
-from benchmarks.places import deepest, maps_of
 from benchmarks.questions import SizedAUPRO, thirds
+from benchmarks.training_speed import hub, spread
 from stpm_plugin import STPM, DemoData
 from stpm_plugin.demo.demo_data import scene
-from stpm_plugin.model.matching import image_score
-from stpm_plugin.training.placement import ALIGNED, alignment
 
 RESULTS = Path(__file__).parent / "results/large_images.json"
 DRAWN = {"train_images": 80, "test_images": 16, "image_side": 2048, "defect_pixels": (6, 40)}
-OWN = {"image_size": None, "batch_size": 1}
+OWN: dict[str, Any] = {"image_size": None, "batch_size": 1}
 HALF = {"epochs": 4, "steps": (300, 700)}
 BACKBONES = {"resnet18": "resnet18.tv_in1k", "lite0": "tf_efficientnet_lite0.in1k"}
+RIVALS = ("PatchCore", "Stfpm")
 IMAGES, SIZE = 6, (4000, 3000)  # of `score`: their number, width and height
 MEASURED = (  # runs a command, and prints the most memory that it took, KiB
     "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
@@ -64,13 +68,12 @@ EXTENTS = (0, 10, 16, 25, 60)  # pixels, between which drawn defects are counted
 def main() -> None:
     """Run what has no row, or tabulate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["run", "one", "kept", "score", "table"])
+    parser.add_argument("task", choices=["run", "one", "score", "table"])
     parser.add_argument("data", nargs="*", help="folders in MVTec AD's layout, or drawn")
     parser.add_argument("--teacher", default="lite0", help="weights of the backbone: a file, or lite0")
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet18")
     parser.add_argument("--sizes", nargs="+", default=["256", "own"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kept", type=Path, help="folder of students")
     parser.add_argument("--work", type=Path, default=Path("datasets/large"), help="where images are drawn")
     args = parser.parse_args()
     if args.task == "one":
@@ -80,9 +83,6 @@ def main() -> None:
         for data in args.data:
             for size in args.sizes:
                 run(f"{args.backbone}, {Path(data).name}, {size}, {args.seed}", data, size, args)
-    elif args.task == "kept":
-        for data in args.data:
-            keep(f"{args.backbone}, {Path(data).name}, 256, {args.seed}", look_again(Path(data), args))
     elif args.task == "score":
         with tempfile.TemporaryDirectory() as folder:
             for key, row in scoring(args, Path(folder)):
@@ -113,21 +113,6 @@ def run(key: str, data: str, size: str, args: argparse.Namespace) -> None:
     keep(key, json.loads(done.stdout.splitlines()[-1]))
 
 
-def look_again(category: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Score the test images of a student that `benchmarks.students` trained on images of 256 x 256."""
-    student = torch.load(args.kept / f"default, {category.name}, {args.seed}.pt", weights_only=True)
-    model = STPM(backbone=BACKBONES[args.backbone])
-    with torch.inference_mode():
-        features = deepest(category, args.teacher, model)
-        mean, variance, plain, raised = maps_of(student, *features, model.model.score_area)
-        maps = raised if alignment(mean, variance) > ALIGNED else plain
-        scores = image_score(maps, model.model.score_area, student["strides"][0])
-        made = zip(scores.split(1), maps.split(1), strict=True)
-        return {"seconds": student["run"]["seconds"], "steps": student["run"]["steps"]} | judged(
-            data_of(str(category), args.work), made, thirds(category)
-        )
-
-
 def data_of(name: str, work: Path) -> AnomalibDataModule:
     """A category's images, at hand."""
     options: dict[str, Any] = {"num_workers": 1, "val_split_mode": "none", "eval_batch_size": 1}
@@ -143,16 +128,18 @@ def data_of(name: str, work: Path) -> AnomalibDataModule:
 def fit(name: str, size: str, args: argparse.Namespace) -> dict[str, Any]:
     """Fit once, and score the test images."""
     data = data_of(name, args.work)
-    settings: dict[str, Any] = {"own": OWN, "half": OWN | HALF}.get(size) or {"image_size": (int(size), int(size))}
-    model = STPM(backbone=BACKBONES[args.backbone], teacher_weights=args.teacher, seed=args.seed, **settings)
+    if size.startswith(RIVALS):  # which do not fit without one
+        data = MVTecAD(root=Path(name).resolve().parent, category=Path(name).name, num_workers=1)
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(default_root_dir=folder, logger=False, enable_progress_bar=False)
+        model, options = prepared(size, args, Path(folder))
+        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "limit_val_batches": 1}
+        engine = Engine(default_root_dir=folder, **quiet, **options)
         begin = time.perf_counter()
         engine.fit(model, datamodule=data)
         seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     row = {"seconds": round(seconds, 1), "GiB": round(peak, 2), "steps": engine.trainer.global_step}
-    model.eval()
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     times: list[float] = []
     with torch.inference_mode():
         masks = data_of(name, args.work)  # of its own: a model's datamodule resizes masks too
@@ -160,13 +147,34 @@ def fit(name: str, size: str, args: argparse.Namespace) -> dict[str, Any]:
     return row | {"seconds_an_image": round(float(np.median(times)), 3)}
 
 
-def scored(model: STPM, data: AnomalibDataModule, times: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
+def prepared(size: str, args: argparse.Namespace, folder: Path) -> tuple[AnomalibModule, dict[str, Any]]:
+    """Return a model and its Engine's options."""
+    kind, _, number = size.partition("-")
+    if kind in RIVALS:
+        constants.HF_HUB_CACHE = f"{hub(Path(args.teacher), folder)['HF_HOME']}/hub"
+        seed_everything(args.seed)
+        side = (int(number), int(number))
+        if kind == "PatchCore":
+            resized = Patchcore.configure_pre_processor(side)
+            return Patchcore(backbone="resnet18", coreset_sampling_ratio=0.01, pre_processor=resized), {}
+        tiles = TilerConfigurationCallback(enable=True, tile_size=256, stride=128)
+        model = Stfpm(backbone="resnet18", pre_processor=Stfpm.configure_pre_processor(side))
+        return model, {"callbacks": [tiles], "max_epochs": 100}
+    settings: dict[str, Any] = {"own": OWN, "half": OWN | HALF}.get(kind) or {"image_size": (int(size), int(size))}
+    cropped = {"crop_size": int(number)} if number else {}
+    model = STPM(backbone=BACKBONES[args.backbone], teacher_weights=args.teacher, seed=args.seed, **settings, **cropped)
+    return model, {}
+
+
+def scored(model: AnomalibModule, data: AnomalibDataModule, times: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield image score (1,) and map (1, 1, H, W) of each test image; the seconds go to ``times``."""
     for item in data.test_data:
         begin = time.perf_counter()
-        made = model.model(model.transform(item.image[None]))
+        found = model.model(model.pre_processor.transform(item.image[None].to(model.device)))
+        score, anomaly_map = found.pred_score.reshape(1).cpu(), found.anomaly_map.cpu()
         times.append(time.perf_counter() - begin)
-        yield made.pred_score, made.anomaly_map
+        most = 2 if isinstance(model, STPM) else 1000  # beyond all: metrics want numbers from 0 to 1
+        yield score / most, anomaly_map / most
 
 
 def judged(data: AnomalibDataModule, made: Iterable[tuple[Tensor, Tensor]], cuts: list[float]) -> dict[str, Any]:
@@ -175,16 +183,18 @@ def judged(data: AnomalibDataModule, made: Iterable[tuple[Tensor, Tensor]], cuts
     if cuts:
         fields = {"fields": ["anomaly_map", "gt_mask"]}
         metrics |= {"pixel_AUPRO": AUPRO(**fields), "small_AUPRO": SizedAUPRO(**fields, high=cuts[0])}
+    size: torch.Size | None = None
     scores: list[tuple[int, float]] = []  # extent of the defect, pixels, 0 of a good image; and its image score
     for item, (score, anomaly_map) in zip(data.test_data, made, strict=True):
         where = item.gt_mask.squeeze().nonzero() if item.gt_mask is not None else torch.empty(0, 2)
         extent = int((where.amax(0) - where.amin(0)).max()) + 1 if len(where) else 0
-        scores.append((extent, round(float(score), 5)))
+        scores.append((extent, round(float(score), 7)))
         labelled = SimpleNamespace(pred_score=score, gt_label=item.gt_label.reshape(1))
         metrics["image_AUROC"].update(labelled)
         if cuts:
-            mask = item.gt_mask.squeeze()[None].bool()
-            resized = F.interpolate(anomaly_map, mask.shape[-2:], mode="bilinear")[:, 0] / 2
+            size = size or item.gt_mask.shape[-2:]  # the first one's: metrics take one
+            mask = F.interpolate(item.gt_mask.reshape(1, 1, *item.gt_mask.shape[-2:]).float(), size)[:, 0] > 0
+            resized = F.interpolate(anomaly_map, size, mode="bilinear")[:, 0]
             for name in ("pixel_AUPRO", "small_AUPRO"):
                 metrics[name].update(Pixels(image=None, anomaly_map=resized, gt_mask=mask))
     row = {name: round(float(metric.compute()), 4) for name, metric in metrics.items()}
@@ -232,16 +242,22 @@ def by_extent(scores: list[tuple[int, float]]) -> list[tuple[float, int]]:
 
 
 def table(kept: dict[str, dict[str, Any]]) -> str:
-    """Markdown."""
+    """Markdown; a line for all seeds of a run."""
     ranges = [f"{low + 1} to {high} px" for low, high in itertools.pairwise(EXTENTS)]
-    head = ["run", "image AUROC", "PRO", "PRO, smallest third", "fit, s", "GiB", "s an image", *ranges]
+    head = ["run", "n", "image AUROC", "PRO", "PRO, smallest third", "fit, s", "GiB", "s an image", *ranges]
     names = ("image_AUROC", "pixel_AUPRO", "small_AUPRO", "seconds", "GiB", "seconds_an_image")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    runs: dict[str, list[dict[str, Any]]] = {}
     for key, row in kept.items():
-        cells = [key, *(row.get(name, "") for name in names)]
-        measured = by_extent(row["scores"]) if "scores" in row else []
+        runs.setdefault(re.sub(r", \d+(?=$|, GPU)", "", key), []).append(row)
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for run, found in sorted(runs.items()):
+        cells = [run, str(found[0].get("n", len(found)))]
+        for name in names:
+            values = [row[name] for row in found if name in row]
+            cells.append(spread(values, 4 if "AU" in name else 2) if values else "")
+        measured = by_extent(found[0]["scores"]) if "scores" in found[0] else []
         cells += [f"{area:.3f} ({count})" for area, count in measured] or [""] * len(ranges)
-        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
