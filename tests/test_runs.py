@@ -1,5 +1,6 @@
 """Runs that are resumed, interrupted, bounded, monitored or changed by other callbacks."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from anomalib.engine import Engine
 from anomalib.metrics import AUROC, Evaluator
 from anomalib.models import Padim
 from anomalib.pre_processing import PreProcessor
-from conftest import TINY
+from conftest import TINY, command
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
@@ -221,6 +222,35 @@ def trained_by_padim(datamodule, folder):
         padim, datamodule=datamodule
     )
     return got
+
+
+SENDS = """
+import os, signal
+from anomalib.engine import Engine
+from lightning.pytorch.callbacks import Callback
+from stpm_plugin import STPM, DemoData
+
+class Sends(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == 2 and batch_idx == 1:
+            os.kill(os.getpid(), signal.{sent})
+
+engine = Engine(max_epochs=9, accelerator="cpu", enable_progress_bar=False, callbacks=[Sends()])
+engine.fit(STPM(**{model}), datamodule=DemoData(root={root!r}, **{data}))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("sent", ["SIGKILL", "SIGINT"])
+def test_a_stopped_process_loses_the_epoch_under_way(sent, demo, demo_root, tmp_path):
+    (tmp_path / "sends.py").write_text(SENDS.format(sent=sent, model=MODEL, root=str(demo_root), data=TINY))
+    said = command("python", "-m", "sends", check=False, cwd=tmp_path)
+    assert "Traceback" not in said
+    checkpoint = next(tmp_path.rglob("model.ckpt"))
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["model.ckpt"]
+    seen = Seen()
+    fit(demo, tmp_path / "rest", 3, checkpoint, trainer={"callbacks": [seen]})
+    assert seen.epochs == [2, 2]
 
 
 # The rate

@@ -1,5 +1,6 @@
 """Scoring with an exported model, beside anomalib's own predictions of the same images."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,19 +68,23 @@ def test_scores_equal_the_engines(trained, exported, numbered_images, tmp_path, 
         assert 0 < float(row["latency_ms"]) < 60_000
 
 
-def test_unreadable_files_lose_nothing(exported, numbered_images, tmp_path, capsys):
+def test_unreadable_files_lose_nothing(exported, numbered_images, tmp_path, monkeypatch, capsys):
+    """One is empty, one cut off, and one vanishes once the folder was listed."""
     folder = tmp_path / "images"
     folder.mkdir()
     for path in numbered_images.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "frame 9.png").write_bytes(b"")
     (folder / "frame 10.png").write_bytes((numbered_images / "frame 10.png").read_bytes()[:50])
+    listed = find_images([str(folder)])
+    monkeypatch.setattr("stpm_plugin.commands.scoring.find_images", lambda _: listed)
+    (folder / "frame 8.png").unlink()
     table = tmp_path / "scores.csv"
     assert stpm(["score", str(exported), str(folder), "--csv", str(table)]) == 2
     said = capsys.readouterr().err
-    for number in (9, 10):
+    for number in (8, 9, 10):
         assert f"{folder / f'frame {number}.png'} cannot be read as an image" in said
-    assert [Path(row["path"]).name for row in rows(table)] == [f"frame {number}.png" for number in (7, 8, 11)]
+    assert [Path(row["path"]).name for row in rows(table)] == [f"frame {number}.png" for number in (7, 11)]
 
 
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif", "clear.tif", "apart.png"])
@@ -151,16 +156,16 @@ def test_a_heat_map_that_is_not_written_is_said(exported, numbered_images, tmp_p
 
 
 def test_heatmaps_lie_as_the_images_do_and_are_no_input(exported, numbered_images, tmp_path):
-    images, table = tmp_path / "in ü", tmp_path / "s.csv"
+    images, table = tmp_path / "in ü", tmp_path / "Tafel 検査.csv"
     for number, folder in [(7, "a"), (9, "b")]:
         (images / folder).mkdir(parents=True)
         (images / folder / "x.png").write_bytes((numbered_images / f"frame {number}.png").read_bytes())
     assert stpm(["score", str(exported), str(images), "--csv", str(table)]) == 0
     first = table.read_bytes()
-    command = [str(exported), str(images), "--csv", str(table), "--heatmaps", str(images / "maps")]
+    command = [str(exported), str(images), "--csv", str(table), "--heatmaps", str(images / "maps ß")]
     for _ in range(2):  # asked for later, they are drawn; they lie among the images and are not scored
         assert stpm(["score", *command]) == 0
-        drawn = [cv2.imread(str(images / f"maps/{folder}/x.png.heatmap.jpg")).shape[:2] for folder in "ab"]
+        drawn = [cv2.imread(str(images / f"maps ß/{folder}/x.png.heatmap.jpg")).shape[:2] for folder in "ab"]
         assert drawn == [NUMBERED[0], NUMBERED[2]]
     assert table.read_bytes() == first
 
@@ -209,6 +214,22 @@ def test_bad_input_is_one_sentence(arguments, words, exported, numbered_images, 
     assert words in said
     assert "\n" not in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("suffix", "left"), [(".xml", "half"), (".xml", "empty"), (".bin", "half"), (".bin", "gone")])
+def test_a_model_that_is_not_whole_is_one_sentence(suffix, left, exported, numbered_images, tmp_path, capsys):
+    """What an export that was killed, or a broken copy, leaves."""
+    model = Path(shutil.copytree(exported.parent, tmp_path / "copy")) / exported.name
+    cut = model.with_suffix(suffix)
+    if left == "gone":
+        cut.unlink()
+    else:
+        cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2 if left == "half" else 0])
+    assert stpm(["score", str(model), str(numbered_images)]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"the model {model} cannot be read (")
+    assert said.endswith("export it again with `anomalib export`.")
+    assert "\n" not in said
 
 
 def test_scoring_needs_neither_torch_nor_anomalib(exported, numbered_images, tmp_path):

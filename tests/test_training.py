@@ -1,6 +1,7 @@
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from stpm_plugin import STPM, DemoData
+from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.errors import STPMError
 from stpm_plugin.model.features import FrozenPyramid
 from stpm_plugin.training import selection
@@ -67,8 +69,9 @@ def test_same_seed_same_weights(trained, demo, tmp_path):
 
 
 def test_disk_cache_equals_memory_cache(trained, demo, tmp_path):
-    callbacks = [_NothingIn(tmp_path / "cache")]
-    _, other = fit(demo, tmp_path, 3, cache="disk", cache_dir=str(tmp_path / "cache"), trainer={"callbacks": callbacks})
+    folder = tmp_path / "Ort ü 検査"
+    callbacks = [_NothingIn(folder)]
+    _, other = fit(demo, tmp_path, 3, cache="disk", cache_dir=str(folder), trainer={"callbacks": callbacks})
     assert torch.equal(student(other), student(trained[0]))
 
 
@@ -399,6 +402,25 @@ def test_unreadable_image_is_named(tmp_path, workers):
     assert "\n" not in str(error.value)
 
 
+def test_an_image_that_vanishes_is_named_and_the_last_checkpoint_stays(demo_root, tmp_path):
+    """Augmented images are read again in each epoch."""
+    root = shutil.copytree(demo_root, tmp_path / "data")
+    datamodule = DemoData(root=root, train_augmentations=v2.RandomHorizontalFlip(0.5), **TINY)
+    gone = sorted(root.glob("*/train/good/*.png"))[3]
+    with pytest.raises(STPMError, match=rf"^training image {gone} cannot be read .*No such file"):
+        fit(datamodule, tmp_path / "run", 3, trainer={"callbacks": [_Removes(gone)]})
+    assert torch.load(next(tmp_path.rglob("model.ckpt")), weights_only=True)["epoch"] == 0
+
+
+class _Removes(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.path.unlink()
+
+
 def test_deep_grey_is_refused_where_anomalib_reads(trained, tmp_path):
     """Pillow's conversion, which anomalib takes, would make it white."""
     datamodule = DemoData(root=tmp_path / "data", **TINY)
@@ -421,18 +443,23 @@ class Bomb:
         return (open, ("exploded", "w"))
 
 
-def test_bad_checkpoints_are_refused(trained, demo_root, tmp_path, caplog):
+def test_bad_checkpoints_are_refused(trained, exported, demo, demo_root, tmp_path, caplog, capsys):
+    """One is cut off, the other runs code if it is unpickled: by every command that reads a checkpoint."""
     half, bomb = tmp_path / "half.ckpt", tmp_path / "bomb.ckpt"
     half.write_bytes(trained[2].read_bytes()[:100_000])
     torch.save({**torch.load(trained[2], weights_only=True), "bomb": Bomb()}, bomb)
-    with pytest.raises(STPMError, match="is truncated or no checkpoint"):
-        STPM.load_from_checkpoint(half)
-    with pytest.raises(STPMError, match="holds more than tensors and settings"):
-        STPM.load_from_checkpoint(bomb)
+    images = next(demo_root.glob("*/test/good"))
     for checkpoint, words in ((half, "is truncated or no checkpoint"), (bomb, "holds more than tensors and settings")):
-        with pytest.raises((RuntimeError, pickle.UnpicklingError)):
-            predict(checkpoint, next(demo_root.glob("*/test/good/*.png")))
-        assert f"STPM: the checkpoint {checkpoint} {words}" in caplog.text
+        said = f"the checkpoint {checkpoint} {words}"
+        for read in (lambda path: predict(path, images), lambda path: fit(demo, tmp_path / "run", 5, path)):
+            caplog.clear()
+            with pytest.raises((RuntimeError, pickle.UnpicklingError)):
+                read(checkpoint)
+            assert f"STPM: {said}" in caplog.text
+        with pytest.raises(STPMError, match=re.escape(said)):
+            Engine(logger=False).export(STPM(**MODEL), "openvino", tmp_path / "out", ckpt_path=checkpoint)
+        assert stpm(["verify", str(checkpoint), str(exported), str(images)]) == 1
+        assert capsys.readouterr().err.strip().startswith(said)
     assert not Path("exploded").exists()
 
 

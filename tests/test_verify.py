@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -8,11 +10,16 @@ from stpm_plugin.commands.entry import main as stpm
 
 @pytest.fixture(scope="module")
 def models(trained, exported, tmp_path_factory):
-    """The trained model's checkpoint, its OpenVINO file, and that of a student with negated weights, same teacher."""
-    other = STPM.load_from_checkpoint(trained[2])
+    """The trained model's checkpoint, its OpenVINO file, and that of a student with negated weights, same teacher.
+
+    The first and the last lie in a folder whose name has spaces and other alphabets.
+    """
+    folder = tmp_path_factory.mktemp("Prüfung 検査 é")
+    checkpoint = shutil.copy(trained[2], folder / "m ö.ckpt")
+    other = STPM.load_from_checkpoint(checkpoint)
     for parameter in other.model.student.parameters():
         parameter.data.mul_(-1)
-    return trained[2], exported, other.to_openvino(tmp_path_factory.mktemp("verify"))
+    return checkpoint, exported, other.to_openvino(folder)
 
 
 def test_a_right_model_agrees_and_a_wrong_one_does_not(models, demo_root, capsys):
