@@ -3,7 +3,7 @@
 Each window of recent scores is compared with the held-out ones by the one-sided two-sample Kolmogorov-Smirnov tests
 (Smirnov 1939), of which the limiting distribution is exp(-2 d^2 n m / (n + m)). Defective parts raise scores too: if a
 share of the parts is defective, it lowers the distribution function by at most that share, which is allowed for.
-Nothing but a change lowers scores. `benchmarks/drift.py` counts false warnings and how soon a change is noticed.
+Nothing but a change lowers scores. False warnings, and how soon a change is noticed: `benchmarks/results/scoring.md`.
 """
 
 from __future__ import annotations
