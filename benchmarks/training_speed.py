@@ -1,8 +1,8 @@
-"""Time of training, its growth, and where it goes: STPM, by the paper and with nothing kept, Stfpm, PaDiM.
+"""Time of training and its growth: STPM, by the paper and with nothing kept, Stfpm, PaDiM.
 
-    python -m benchmarks.training_speed passes  --root DIR --teacher FILE   # seconds a pass, memory: models in turns
-    python -m benchmarks.training_speed growth  --root DIR --teacher FILE   # with the number and the size of images
-    python -m benchmarks.training_speed plot                    # redraw and tabulate what is kept
+    python -m benchmarks.training_speed passes --root DIR --teacher FILE   # seconds a pass, memory: models in turns
+    python -m benchmarks.training_speed growth --root DIR --teacher FILE   # with the number and the size of images
+    python -m benchmarks.training_speed plot                               # redraw and tabulate what is kept
 
 Each run is the real `anomalib train` in a fresh process; rows are written as they come to
 `results/training_speed.json`, and a run that has one is not repeated. All models get the same weights of torchvision's
@@ -24,25 +24,21 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+import numpy as np
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, keep, markdown, rows, spread
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "training_speed.json"
 CONFIGS = HERE.parent / "configs"
-TIMED = {  # passes that are timed; those of a model are alike
-    "STPM": 4,
-    "STPM, paper": 4,
-    "STPM, paper, nothing kept": 1,
-    "anomalib Stfpm": 1,
-    "anomalib PaDiM": 1,
-}
+# Passes that are timed; those of a model are alike.
+TIMED = {"STPM": 4, "STPM, paper": 4, "STPM, paper, nothing kept": 1, "anomalib Stfpm": 1, "anomalib PaDiM": 1}
 SECONDS = [1, 2, 5, 10, 20, 50]  # marked on the plot's axes
 OTHERS = {  # PatchCore with a tenth of its usual coreset, which would take hours to pick on two cores
     "anomalib Stfpm": ("Stfpm", {}),
@@ -50,6 +46,8 @@ OTHERS = {  # PatchCore with a tenth of its usual coreset, which would take hour
     "anomalib PatchCore": ("Patchcore", {"backbone": "resnet18", "coreset_sampling_ratio": 0.01}),
 }
 ROUNDS = 3
+TRANSFORMS = "torchvision.transforms.v2"
+MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
 COUNTS, SIZES, IMAGES_AT_SIZES = (50, 100, 200, 320), (256, 384, 512), 50
 
 
@@ -62,32 +60,25 @@ class Clock(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start with the fit's preparation: the first pass over the images belongs to it."""
-        del trainer, pl_module
         if stage == "fit":
             self.begin = time.perf_counter()
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, *_: Any) -> None:
         """Note the start of a pass."""
-        del trainer, pl_module
         self.starts.append(time.perf_counter())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the end of the last pass, held-out scores or validation included."""
-        del pl_module
         self.row |= {"training_images": len(trainer.datamodule.train_data), "steps": trainer.global_step}
         ends = [*self.starts[1:], time.perf_counter()]
         self.row["pass_seconds"] = [round(end - start, 3) for start, end in zip(self.starts, ends, strict=True)]
 
-    def on_test_batch_start(self, trainer: Trainer, *batch: Any) -> None:
+    def on_test_batch_start(self, *_: Any) -> None:
         """Start the clock of a test batch; it is stopped before the metrics read it."""
-        del trainer, batch
         self.test_begin = time.perf_counter()
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *at: int
-    ) -> None:
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: int) -> None:
         """Stop it."""
-        del trainer, pl_module, outputs, at
         self.test_seconds += time.perf_counter() - self.test_begin
         self.images += len(batch.image)
 
@@ -109,26 +100,21 @@ def main() -> None:
     parser.add_argument("part", choices=["passes", "growth", "plot"])
     parser.add_argument("--root", type=Path, help="MVTec AD's folder")
     parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
-    parser.add_argument("--only", default="", help="run what has this in its name, such as `round 0`")
+    parser.add_argument("--results", type=Path, default=RESULT, help="file of what is kept")
     args = parser.parse_args()
     if args.part != "plot":
         with tempfile.TemporaryDirectory() as folder:
             for key, run in runs(args, Path(folder)):
-                if key not in rows() and args.only in key:
-                    save(key, {**run, **train(run, args.teacher.resolve(), Path(folder))})
-    draw(rows())
-
-
-def rows() -> dict[str, dict[str, Any]]:
-    """Return what is kept."""
-    return json.loads(RESULT.read_text()) if RESULT.exists() else {}
-
-
-def save(key: str, row: dict[str, Any]) -> None:
-    """Keep a row."""
-    row = {name: value for name, value in row.items() if name != "root"}  # a path of this machine
-    RESULT.write_text(json.dumps({**rows(), key: row | environment("python -m benchmarks.training_speed")}, indent=1))
-    print(key, json.dumps({name: row.get(name) for name in ("pass_seconds", "fit_seconds", "metrics")}), flush=True)
+                if key not in rows(args.results):
+                    row = {**run, **train(run, args.teacher.resolve(), Path(folder))}
+                    del row["root"]  # a path of this machine
+                    keep(args.results, key, row | environment(f"python -m benchmarks.training_speed {args.part}"))
+                    print(key, json.dumps({name: row[name] for name in ("pass_seconds", "fit_seconds")}), flush=True)
+    kept = rows(args.results)
+    print(table(kept))
+    growth = [row for key, row in kept.items() if key.startswith("growth")]
+    if growth:
+        draw(growth).savefig(args.results.with_suffix(".png"), dpi=110)
 
 
 def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -137,35 +123,25 @@ def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str
     if args.part == "passes":
         for number in range(ROUNDS):
             for model, epochs in TIMED.items():
-                settings = {"model": model, "root": str(root), "category": "screw", "epochs": epochs, "seed": number}
-                yield f"passes, {model}, round {number}", settings
+                run = {"model": model, "root": str(root), "category": "screw", "epochs": epochs, "seed": number}
+                yield f"passes, {model}, round {number}", run
     else:
-        shapes = [(IMAGES_AT_SIZES, size) for size in SIZES] + [(count, 256) for count in COUNTS]
+        shapes = [*((IMAGES_AT_SIZES, size) for size in SIZES), *((count, 256) for count in COUNTS)]
         for count, size in dict.fromkeys(shapes):
-            subset = few(root / "screw", count, folder / str(count))
             for model, epochs in TIMED.items():
-                settings = {
-                    "model": model,
-                    "root": str(subset),
-                    "category": "screw",
-                    "epochs": min(epochs, 2),
-                    "seed": 0,
-                }
-                yield f"growth, {model}, {count} images, {size} pixels", settings | {"images": count, "size": size}
+                run = {"model": model, "root": str(few(root / "screw", count, folder / str(count)))}
+                run |= {"category": "screw", "epochs": min(epochs, 2), "seed": 0, "images": count, "size": size}
+                yield f"growth, {model}, {count} images, {size} pixels", run
 
 
 def few(source: Path, count: int, root: Path) -> Path:
     """Copy ``count`` training images and a small test set, on which a validation costs little; returns the root."""
-    target = root / "screw"
-    for folder in [source / "train/good", *sorted((source / "test").iterdir())]:
-        taken = sorted(folder.glob("*.png"))[: count if folder.parent.name == "train" else 2]
-        for path in taken:
-            mask = source / "ground_truth" / folder.name / f"{path.stem}_mask.png"
-            for file in [path, mask] if folder.parent.name == "test" and mask.exists() else [path]:
-                copy = target / file.relative_to(source)  # no link: anomalib lists none that leaves the root
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                if not copy.exists():
-                    shutil.copyfile(file, copy)
+
+    def others(folder: str, names: list[str]) -> list[str]:
+        images = sorted(name for name in names if name.endswith(".png"))
+        return images[count if folder.endswith("train/good") else 2 :]
+
+    shutil.copytree(source, root / "screw", ignore=others, dirs_exist_ok=True)
     return root
 
 
@@ -198,50 +174,36 @@ def train(run: dict[str, Any], teacher: Path, folder: Path) -> dict[str, Any]:
     precision = {"class_path": "anomalib.metrics.AUPR", "init_args": {"fields": ["anomaly_map", "gt_mask"]}}
     precision["init_args"] |= {"prefix": "pixel_", "strict": False}
     model["init_args"]["evaluator"]["init_args"]["test_metrics"] += [precision, *run.get("metrics", [])]
-    clock, output = folder / "clock.json", folder / "run"
     data = {"root": run["root"], "category": run["category"], "num_workers": 2}
-    callback = {"class_path": "benchmarks.training_speed.Clock", "init_args": {"path": str(clock)}}
+    clock = {"class_path": "benchmarks.training_speed.Clock", "init_args": {"path": str(folder / "clock.json")}}
+    trainer = {"accelerator": "auto", "enable_progress_bar": False, "callbacks": [clock, *run.get("callbacks", [])]}
     config = {
         "model": model,
         "data": run.get("data", {"class_path": "anomalib.data.MVTecAD", "init_args": data}),
-        "trainer": {
-            "accelerator": "auto",
-            "enable_progress_bar": False,
-            "callbacks": [callback, *run.get("callbacks", [])],
-        },
-        "default_root_dir": str(output),
+        "trainer": trainer | ({"max_epochs": run["epochs"]} if run["epochs"] else {}),
+        "default_root_dir": str(folder / "run"),
     }
-    if run["epochs"]:
-        config["trainer"]["max_epochs"] = run["epochs"]
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(config))
-    clock.unlink(missing_ok=True)
-    shutil.rmtree(output, ignore_errors=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.rmtree(folder / "run", ignore_errors=True)
     cache = {} if run["model"].startswith("STPM") else hub(teacher, folder)
-    log = folder / "log"
-    with log.open("w") as written:
-        done = subprocess.run(
-            [str(Path(sys.executable).with_name("anomalib")), "train", "-c", str(file)],
-            stdout=written,
-            stderr=written,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1", **cache},
-            check=False,
-        )
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("anomalib")), "train", "-c", str(folder / "config.yaml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1", **cache},
+        check=False,
+    )
     if done.returncode:
-        sys.exit(f"{run} failed:\n{log.read_text()[-3000:]}")
-    return json.loads(clock.read_text())
+        sys.exit(f"{run} failed:\n{done.stdout[-3000:]}")
+    return json.loads((folder / "clock.json").read_text())
 
 
 def resize(size: int) -> dict[str, Any]:
     """Anomalib's pre-processor at another size."""
-    transforms = [
-        {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [size, size]}},
-        {
-            "class_path": "torchvision.transforms.v2.Normalize",
-            "init_args": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
-        },
-    ]
-    compose = {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": transforms}}
+    names = {"Resize": {"size": [size, size]}, "Normalize": {"mean": MEAN, "std": DEVIATION}}
+    transforms = [{"class_path": f"{TRANSFORMS}.{name}", "init_args": arguments} for name, arguments in names.items()]
+    compose = {"class_path": f"{TRANSFORMS}.Compose", "init_args": {"transforms": transforms}}
     return {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": compose}}
 
 
@@ -260,50 +222,40 @@ def hub(teacher: Path, folder: Path) -> dict[str, str]:
     return {"HF_HOME": str(folder / "home")}
 
 
-def draw(kept: dict[str, dict[str, Any]]) -> None:
-    """Print the tables, and draw the growth with the number and the size of the images."""
+def table(kept: dict[str, dict[str, Any]]) -> str:
+    """Seconds of a pass and of a fit, and peak memory, of each model: mean and deviation over the rounds."""
     groups = defaultdict(list)
     for key, row in kept.items():
-        part, *_ = key.split(", ")
-        if part == "passes":
-            groups[part, row["model"], row["category"]].append(row)
-    for (part, model, category), found in groups.items():
-        figures = {"n": f"{len(found)}", "a pass, s": spread([mean(row["pass_seconds"]) for row in found])}
-        figures |= {"fit, s": spread([row["fit_seconds"] for row in found], 0)}
-        figures |= {"peak, GiB": spread([row["peak_memory_gib"] for row in found])}
-        for name in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"):
-            figures[name] = spread([row["metrics"][name] for row in found], 4)
-        print(f"{part} | {model} | {category} | " + " | ".join(f"{name} {value}" for name, value in figures.items()))
-    growth = [row for key, row in kept.items() if key.startswith("growth")]
-    if growth:
-        import matplotlib.pyplot as plt
+        if key.startswith("passes"):
+            groups[row["model"]].append(row)
+    lines: list[list[Any]] = [["model", "rounds", "a pass, s", "fit, s", "peak, GiB"]]
+    for model, found in groups.items():
+        seconds = spread([mean(row["pass_seconds"]) for row in found])
+        fits, peaks = ([row[name] for row in found] for name in ("fit_seconds", "peak_memory_gib"))
+        lines.append([model, len(found), seconds, spread(fits, 0), spread(peaks)])
+    return markdown(lines)
 
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+
+def draw(growth: list[dict[str, Any]]) -> Any:
+    """Draw the growth of a pass with the number and the size of the images."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    axes[0].set(xlabel="training images at 256 x 256", ylabel="seconds a pass")
+    axes[1].set(xlabel=f"image height and width, pixels ({IMAGES_AT_SIZES} images)")
+    panels = [("images", COUNTS, "size", 256), ("size", SIZES, "images", IMAGES_AT_SIZES)]
+    for axis, (name, marks, other, value) in zip(axes, panels, strict=True):
         for model, marker in zip(TIMED, "osD^v", strict=True):
-            for axis, name, other, value in [
-                (axes[0], "images", "size", 256),
-                (axes[1], "size", "images", IMAGES_AT_SIZES),
-            ]:
-                points = sorted(
-                    (r[name], mean(r["pass_seconds"])) for r in growth if r["model"] == model and r[other] == value
-                )
-                axis.plot(*zip(*points, strict=True), marker=marker, label=model)
-        axes[0].set(xlabel="training images at 256 x 256", ylabel="seconds a pass", xscale="log", yscale="log")
-        axes[1].set(xlabel=f"image height and width, pixels ({IMAGES_AT_SIZES} images)", xscale="log", yscale="log")
-        axes[0].set_xticks(COUNTS, COUNTS, minor=False)
-        axes[1].set_xticks(SIZES, SIZES, minor=False)
-        for axis in axes:
-            axis.minorticks_off()
-            axis.set_yticks(SECONDS, SECONDS)
-            axis.grid(alpha=0.3)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(TIMED), fontsize=8)
-        figure.savefig(RESULT.with_suffix(".png"), dpi=110)
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean and standard deviation."""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
+            found = [row for row in growth if row["model"] == model and row[other] == value]
+            points = sorted((row[name], mean(row["pass_seconds"])) for row in found)
+            axis.plot(*np.transpose(points or np.empty((0, 2))), marker=marker, label=model)
+        axis.set(xscale="log", yscale="log")
+        axis.set_xticks(marks, marks, minor=False)
+        axis.minorticks_off()
+        axis.set_yticks(SECONDS, SECONDS)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(TIMED), fontsize=8)
+    return figure
 
 
 if __name__ == "__main__":
