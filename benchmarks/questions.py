@@ -1,18 +1,14 @@
 """The paper's questions, each answered by real runs, a table and a figure.
 
-    python -m benchmarks.questions match      --data DIR/screw DIR/bottle --teacher FILE   # does a student match?
-    python -m benchmarks.questions scales     --data DIR/screw DIR/bottle --teacher FILE   # do several levels help?
-    python -m benchmarks.questions teachers   --data DIR/screw DIR/bottle --teacher FILE   # what does a teacher carry?
-    python -m benchmarks.questions fewshot    --data DIR/screw --teacher FILE              # how many images are enough?
-    python -m benchmarks.questions throughput --teacher FILE                               # what does a pixel cost?
-    python -m benchmarks.questions all        --data DIR/screw DIR/bottle --teacher FILE
-    python -m benchmarks.questions figures                                                 # from what is kept
+    python -m benchmarks.questions QUESTION --data DIR/screw DIR/bottle --teacher FILE  # or all, which needs hours
+    python -m benchmarks.questions figures                                              # from what is kept
 
-Data are folders in MVTec AD's layout, or `demo`, the package's drawings. Each run is the real `anomalib train` in a
-fresh process; rows are written as they come to `results/questions.json`, and what has a row is not run again, so that
-`all` goes on where it was stopped. Equal runs of different questions are one row. `teachers` looks for more teachers,
-made by `pretrain_teacher.py`, in `--teachers DIR`, named after what they were trained on (`mnist.safetensors`).
-The rows that are kept are of the defaults of their date: power -1/4 and the finest level at full weight.
+Questions are `match` (does a student match?), `scales` (do several levels help?), `teachers` (what does a teacher
+carry?) and `fewshot` (how many images are enough?). Data are folders in MVTec AD's layout. Each run is the real
+`anomalib train` in a fresh process; rows are written as they come to `results/questions.json`, and what has a row is
+not run again. `teachers` looks for more teachers, made by `pretrain_teacher.py`, in `--teachers DIR`, named after what
+they were trained on (`mnist.safetensors`). The rows that are kept are of the defaults of their date: power -1/4 and the
+finest level at full weight.
 """
 
 from __future__ import annotations
@@ -20,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -38,18 +35,17 @@ from skimage.measure import label
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.environment import environment
-from benchmarks.students import subset
+from benchmarks.environment import environment, keep, rows
 from benchmarks.training_speed import train
-from stpm_plugin import STPM
 from stpm_plugin.model.features import FeaturePyramid
 from stpm_plugin.model.matching import distances
 
 RESULTS = Path(__file__).parent / "results"
+NAME = "benchmarks.questions"  # also where it runs as a script
 CIFAR10 = Path(__file__).parents[1] / "tests/cifar10_teacher.safetensors"
-QUESTIONS = ("match", "scales", "teachers", "fewshot", "throughput")
+QUESTIONS = ("match", "scales", "teachers", "fewshot")
 LAYERS = ("layer1", "layer2", "layer3")
-SUBSETS = [list(subset) for count in (1, 2, 3) for subset in itertools.combinations(LAYERS, count)]
+SUBSETS = [layers for count in (1, 2, 3) for layers in itertools.combinations(LAYERS, count)]
 TEACHERS = ("imagenet", "cifar10", "cifar100", "cifar10_shuffled", "mnist", "svhn", "random")
 SHARES = {5: 5, 10: 5, 20: 1, 50: 1, 100: 1}  # per cent of the normal training images: seeds
 PASSES = 12  # over all images, whatever the defaults are, so that rows stay comparable; equal steps: PASSES / share
@@ -110,101 +106,72 @@ class Distances(Callback):
         data, model = trainer.datamodule, pl_module.model
         held = pl_module.data_record.held_out
         trained = sorted(set(range(len(data.train_data))) - set(held))
-        test = range(len(data.test_data))
-        wanted = [(data.train_data, trained), (data.train_data, held), (data.test_data, test)]
+        wanted = [(data.train_data, trained), (data.train_data, held), (data.test_data, range(len(data.test_data)))]
+        counts = torch.zeros(len(GROUPS), len(model.teacher.layers) + 1, len(EDGES) - 1)
         model.eval()
-        counts = torch.zeros(len(GROUPS), len(pl_module.model.teacher.layers) + 1, len(EDGES) - 1)
         for group, (images, places) in enumerate(wanted):
             for place in places[:: -(-len(places) // self.most)]:
                 item = images[place]
                 x = pl_module.pre_processor.transform(item.image[None].to(pl_module.device))
-                maps = torch.cat(
-                    [
-                        F.interpolate(level[None], x.shape[-2:], mode="bilinear")
-                        for level in distances(model.teach(x), model.study(x))
-                    ]
-                )[:, 0].cpu()
+                size = x.shape[-2:]
+                levels = [level[None].cpu() for level in distances(model.teach(x), model.study(x))]
+                maps = torch.cat([F.interpolate(level, size, mode="bilinear")[:, 0] for level in levels])
                 maps = torch.cat([maps, maps.clamp(min=1e-12).log().mean(0, keepdim=True).exp()])
-                bad = torch.zeros(x.shape[-2:], dtype=torch.bool)
+                bad = torch.zeros(size, dtype=torch.bool)
                 if group == 2 and item.gt_mask is not None:
-                    bad = F.interpolate(item.gt_mask[None, None].float(), x.shape[-2:])[0, 0] > 0
-                for level, values in enumerate(maps):
-                    counts[group, level] += histogram(values[~bad])
-                    counts[3, level] += histogram(values[bad])
+                    bad = F.interpolate(item.gt_mask[None, None].float(), size)[0, 0] > 0
+                for level, values in enumerate(maps.clamp(EDGES[0], EDGES[-1])):
+                    counts[group, level] += torch.histogram(values[~bad], EDGES).hist
+                    counts[3, level] += torch.histogram(values[bad], EDGES).hist
         model.train()
-        shares = (counts / counts.sum(-1, keepdim=True).clamp(min=1)).tolist()
-        rounded = [[[round(share, 5) for share in level] for level in group] for group in shares]
-        self.rows.append({"passes": passes, "shares": rounded})
+        shares = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+        self.rows.append({"passes": passes, "shares": shares.round(decimals=5).tolist()})
         self.path.write_text(json.dumps(self.rows))
-
-
-def histogram(values: Tensor) -> Tensor:
-    """Count values (N,) between the edges; what lies outside counts in the first or the last bin."""
-    return torch.histogram(values.clamp(EDGES[0], EDGES[-1]), EDGES).hist
 
 
 def main() -> None:
     """Run what a question still lacks, then tabulate and draw all that is kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", choices=[*QUESTIONS, "all", "figures"])
-    parser.add_argument("--data", nargs="+", default=["demo"], help="folders in MVTec AD's layout, or demo")
+    parser.add_argument("--data", nargs="*", type=Path, default=[], help="folders in MVTec AD's layout")
     parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18; one of CIFAR-10, for a trial")
     parser.add_argument("--teachers", type=Path, default=Path("teachers"), help="folder of other teachers' weights")
-    parser.add_argument("--models", nargs="+", default=["STPM", "anomalib PaDiM", "anomalib PatchCore"])
-    parser.add_argument("--levels", nargs="+", default=["+".join(subset) for subset in SUBSETS], help="of `scales`")
-    parser.add_argument("--shares", nargs="+", type=int, default=list(SHARES), help="of the images, per cent")
     parser.add_argument("--names", nargs="+", default=list(TEACHERS), help="of the teachers")
     parser.add_argument("--passes", type=int, default=PASSES, help="over all images; another number for a trial")
     parser.add_argument("--size", type=int, default=256, help="of the images, pixels")
-    parser.add_argument("--most", type=int, default=40, help="images of a group that `match` looks at")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[256, 384, 512, 1024], help="of `throughput`, pixels")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what is kept")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
-    if args.question != "figures":
-        with tempfile.TemporaryDirectory() as folder:
-            for question in QUESTIONS if args.question == "all" else [args.question]:
-                answer(question, args, Path(folder))
+    chosen = {"all": QUESTIONS, "figures": ()}.get(args.question, (args.question,))
+    with tempfile.TemporaryDirectory() as folder:
+        for question in chosen:
+            answer(question, args, Path(folder))
     from benchmarks.question_figures import draw
 
-    draw(rows(args.results), args.results)
-
-
-def rows(results: Path) -> dict[str, dict[str, Any]]:
-    """Return what is kept."""
-    file = results / "questions.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def save(results: Path, key: str, row: dict[str, Any]) -> None:
-    """Keep a row, on a line of its own."""
-    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in {**rows(results), key: row}.items())
-    (results / "questions.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    draw(rows(args.results / "questions.json"), args.results)
 
 
 def answer(question: str, args: argparse.Namespace, folder: Path) -> None:
     """Run what the question lacks."""
-    if question == "throughput":
-        if question not in rows(args.results):
-            save(args.results, question, throughput(args.sizes) | environment("python -m benchmarks.questions"))
-        return
-    wanted = {name_of(job): job for job in jobs(question, args, folder)}
-    kept = {key for key, row in rows(args.results).items() if "why" not in row}  # what was missing may be there now
-    wanted = {key: job for key, job in wanted.items() if key not in kept}
+    file = args.results / "questions.json"
+    there = {key for key, row in rows(file).items() if "why" not in row}  # what was missing may be there now
+    wanted = {name_of(job): job for job in jobs(question, args)}
+    wanted = {key: job for key, job in wanted.items() if key not in there}
     for key, job in track(wanted.items(), f"{question}: {len(wanted)} runs"):
         print(key, flush=True)
-        run, weights, why = settings(job, args, folder), job.pop("weights"), job.pop("missing", "")
-        del job["data"]  # a path of this machine
-        if why:
-            save(args.results, key, {"question": question, **job, "why": why})
+        source, weights = job.pop("data"), teacher(job["teacher"], args, folder)  # paths of this machine
+        if not weights.exists():
+            made = job["teacher"].replace("_shuffled", " --shuffle-labels")
+            how = f"python -m benchmarks.pretrain_teacher --data {made} --root data --out {weights}"
+            keep(file, key, {"question": question, **job, "why": f"not made: {how}"})
             continue
         begin = time.time()
-        row = train(run, weights, folder)
+        row = train(settings(job, source, args, folder), weights.resolve(), folder)
         if question == "match":
             row["looks"] = json.loads((folder / "distances.json").read_text())
-        row["teacher_accuracy"] = accuracy_of(job["teacher"], weights)
-        row |= {"seconds": round(time.time() - begin), **environment(f"python -m benchmarks.questions {question}")}
-        save(args.results, key, {"question": question, **job, **row})
+        row |= {"teacher_accuracy": accuracy_of(job["teacher"], weights), "seconds": round(time.time() - begin)}
+        row |= environment(f"python -m benchmarks.questions {question}")
+        keep(file, key, {"question": question, **job, **row})
 
 
 def name_of(job: dict[str, Any]) -> str:
@@ -214,48 +181,35 @@ def name_of(job: dict[str, Any]) -> str:
     return ", ".join(words) + (", distances" if job.get("distances") else "")
 
 
-def jobs(question: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+def jobs(question: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a question's runs."""
     for path in args.data:
-        base = {"model": "STPM", "data": path, "category": Path(path).name, "seed": 0, "share": 100}
-        base |= {"passes": args.passes, "layers": LAYERS, "teacher": "imagenet", "size": args.size}
-        base["weights"] = (args.teacher or CIFAR10).resolve()
-        if args.teacher is None:
-            base["teacher"] = "cifar10"
+        base = {"model": "STPM", "data": path.resolve(), "category": path.name, "seed": 0, "share": 100}
+        base |= {"passes": args.passes, "layers": LAYERS, "teacher": "imagenet" if args.teacher else "cifar10"}
+        base["size"] = args.size
         if question == "match":
             yield base | {"distances": True}
             yield base | {"distances": True, "model": "STPM, paper", "passes": round(args.passes * 100 / PASSES)}
         elif question == "scales":
-            yield from (base | {"layers": levels.split("+")} for levels in args.levels)
+            yield from (base | {"layers": layers} for layers in SUBSETS)
         elif question == "teachers":
-            for name in args.names:
-                weights, why = teacher(name, base["weights"], args.teachers, folder)
-                yield base | {"teacher": name, "weights": weights, **({"missing": why} if why else {})}
+            yield from (base | {"teacher": name} for name in args.names if name != "imagenet" or args.teacher)
         else:
-            for share in args.shares:
-                for seed in range(SHARES.get(share, 1)):
+            for share, seeds in SHARES.items():
+                for seed in range(seeds):
                     part = base | {"share": share, "seed": seed}
-                    for model in args.models:
+                    for model in ("STPM", "anomalib PaDiM", "anomalib PatchCore"):
                         yield part | {"model": model, "passes": args.passes if model == "STPM" else 1}
-                    if "STPM" in args.models:
-                        yield part | {"passes": round(args.passes * 100 / share)}
+                    yield part | {"passes": round(args.passes * 100 / share)}
 
 
-def teacher(name: str, imagenet: Path, folder: Path, scratch: Path) -> tuple[Path, str]:
-    """Find a teacher's weights; returns where they are and, if they are nowhere, why."""
-    if name == "imagenet":
-        return imagenet, "" if imagenet != CIFAR10 else "no ImageNet weights were given"
-    if name == "cifar10":
-        return CIFAR10, ""
+def teacher(name: str, args: argparse.Namespace, folder: Path) -> Path:
+    """Where a teacher's weights are, or would be."""
     if name == "random":
-        file = scratch / "random.safetensors"
         torch.manual_seed(0)
-        save_file(FeaturePyramid("resnet18", LAYERS).net.state_dict(), file)
-        return file, ""
-    file = folder / f"{name}.safetensors"
-    data = name.replace("_shuffled", " --shuffle-labels")
-    how = f"not made: python -m benchmarks.pretrain_teacher --data {data} --root data --out {file}"
-    return file.resolve(), "" if file.exists() else how
+        save_file(FeaturePyramid("resnet18", LAYERS).net.state_dict(), folder / "random.safetensors")
+        return folder / "random.safetensors"
+    return {"imagenet": args.teacher, "cifar10": CIFAR10}.get(name, args.teachers / f"{name}.safetensors")
 
 
 def accuracy_of(name: str, weights: Path) -> float | None:
@@ -267,41 +221,39 @@ def accuracy_of(name: str, weights: Path) -> float | None:
     return float(accuracy) if accuracy else None
 
 
-def settings(job: dict[str, Any], args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def settings(job: dict[str, Any], source: Path, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Say a run in the words of :func:`benchmarks.training_speed.train`."""
-    run = {"model": job["model"], "category": job["category"], "seed": job["seed"], "size": job["size"]}
-    if job["data"] == "demo":
-        share = round(20 * job["share"] / 100)
-        arguments = {"root": str(folder / "demo"), "train_images": share, "test_images": 2, "seed": job["seed"]}
-        run["data"] = {"class_path": "stpm_plugin.DemoData", "init_args": arguments}
-        run["root"] = arguments["root"]
-        areas = [0.001, 0.01]
-    else:
-        source = Path(job["data"]).resolve()
-        run["root"] = str(subset(source, job["share"], job["seed"], folder))
-        areas = thirds(source)
-    run["epochs"] = job["passes"]
+    run = {name: job[name] for name in ("model", "category", "seed", "size")} | {"epochs": job["passes"]}
+    run["root"], areas = str(subset(source, job["share"], job["seed"], folder)), thirds(source)
     if job["model"].startswith("STPM"):
         run["arguments"] = {"layers": list(job["layers"])}
-    bounds = [0.0, *areas, 2.0]
+    common = {"fields": ["anomaly_map", "gt_mask"], "strict": False}
     run["metrics"] = [
-        {
-            "class_path": "benchmarks.questions.SizedAUPRO",
-            "init_args": {
-                "fields": ["anomaly_map", "gt_mask"],
-                "prefix": f"{third}_",
-                "strict": False,
-                "low": low,
-                "high": high,
-            },
-        }
-        for third, low, high in zip(THIRDS, bounds, bounds[1:], strict=False)
+        {"class_path": f"{NAME}.SizedAUPRO", "init_args": {**common, "prefix": f"{third}_", "low": low, "high": high}}
+        for third, low, high in zip(THIRDS, [0.0, *areas], [*areas, 2.0], strict=True)
     ]
     if job.get("distances"):
         looks = sorted({1, 2, 3, 5, 8, 12, 25, 50, 75, args.passes, job["passes"]})
-        arguments = {"path": str(folder / "distances.json"), "passes": looks, "most": args.most}
-        run["callbacks"] = [{"class_path": "benchmarks.questions.Distances", "init_args": arguments}]
+        arguments = {"path": str(folder / "distances.json"), "passes": looks}
+        run["callbacks"] = [{"class_path": f"{NAME}.Distances", "init_args": arguments}]
     return run
+
+
+def subset(source: Path, share: int, seed: int, folder: Path) -> Path:
+    """Copy a category with a random share of its normal training images; returns the root."""
+    if share == 100:
+        return source.parent
+    root = folder / f"{source.name}-{share}-{seed}"
+    target = root / source.name
+    if not target.exists():
+        files = sorted((source / "train/good").iterdir())
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+        (target / "train/good").mkdir(parents=True)
+        for index in order[: max(3, round(len(files) * share / 100))]:
+            shutil.copyfile(files[index], target / "train/good" / files[index].name)
+        for part in ("test", "ground_truth"):  # no links: anomalib lists no file that leaves the root
+            shutil.copytree(source / part, target / part, copy_function=shutil.copyfile)
+    return root
 
 
 def thirds(source: Path) -> list[float]:
@@ -311,21 +263,6 @@ def thirds(source: Path) -> list[float]:
     masks = (read_mask(path, as_tensor=True) for path in sorted((source / "ground_truth").rglob("*.png")))
     areas = [area for mask in masks for _, area in regions(mask.squeeze().bool())]
     return [round(cut, 6) for cut in statistics.quantiles(areas, n=3)]
-
-
-@torch.inference_mode()
-def throughput(sizes: list[int]) -> dict[str, Any]:
-    """Time one forward pass, image to score, at several sizes in turns; milliseconds; with any weights, it is equal."""
-    model = STPM(backbone="resnet18").eval().model
-    images = {size: torch.randn(1, 3, size, size).to(memory_format=torch.channels_last) for size in sizes}
-    times: dict[int, list[float]] = {size: [] for size in sizes}
-    for turn in range(11):
-        for size, image in images.items():
-            begin = time.perf_counter()
-            model(image)
-            if turn:  # the first only warms up
-                times[size].append(round(1000 * (time.perf_counter() - begin), 2))
-    return {"question": "throughput", "milliseconds": times}
 
 
 if __name__ == "__main__":

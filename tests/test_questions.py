@@ -12,11 +12,10 @@ from anomalib.data import ImageBatch, MVTecAD
 from conftest import command, fit
 
 from benchmarks.question_figures import separation
-from benchmarks.questions import Distances, SizedAUPRO, subset
+from benchmarks.questions import QUESTIONS, Distances, SizedAUPRO, subset
 
 ROOT = Path(__file__).parents[1]
-LITTLE = ("--size", "64", "--passes", "1", "--most", "3")
-QUESTIONS = ("match", "scales", "teachers", "fewshot", "throughput")
+LITTLE = ("--size", "64", "--passes", "1")
 ASK = ("python", "-m", "benchmarks.questions")
 
 
@@ -24,16 +23,17 @@ def test_figures_of_all_questions_are_drawn_from_what_is_kept(tmp_path: Path) ->
     """Without training, and without a change of the rows."""
     shutil.copy(ROOT / "benchmarks/results/questions.json", tmp_path)
     before = (tmp_path / "questions.json").read_text()
-    assert {row["question"] for row in json.loads(before).values()} == set(QUESTIONS)
+    assert {row["question"] for row in json.loads(before).values()} > set(QUESTIONS)  # one more was asked once
     command(*ASK, "figures", "--results", str(tmp_path), cwd=ROOT)
     found = sorted(figure.stem for figure in tmp_path.glob("*.png"))
     assert found == sorted(f"questions_{question}" for question in QUESTIONS)
     assert (tmp_path / "questions.json").read_text() == before
 
 
-def test_a_question_runs_what_it_lacks_and_keeps_its_rows(tmp_path: Path) -> None:
+def test_a_question_runs_what_it_lacks_and_keeps_its_rows(demo_root: Path, tmp_path: Path) -> None:
     """One training, and then none; a teacher that nobody made has a row that says how to make it."""
-    ask = (*ASK, "teachers", *LITTLE, "--results", str(tmp_path), "--names")
+    (source,) = demo_root.glob("plate-*")
+    ask = (*ASK, "teachers", "--data", str(source), *LITTLE, "--results", str(tmp_path), "--names")
     command(*ask, "cifar10", cwd=ROOT)
     (row,) = json.loads((tmp_path / "questions.json").read_text()).values()
     assert {"versions", "date", "command", "metrics"} <= row.keys()
