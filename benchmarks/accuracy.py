@@ -2,13 +2,13 @@
 
     python -m benchmarks.accuracy run DIR/screw DIR/bottle --teacher FILE --seeds 0 1 2   # folders in MVTec AD's layout
     python -m benchmarks.accuracy run DIR/* --teacher FILE --ray ADDRESS                  # over a Ray cluster
-    python -m benchmarks.accuracy students                          # STPM's rows from what `places.py` has measured
     python -m benchmarks.accuracy table                                                   # from what is kept
 
-Each run is the real `anomalib train` in a fresh process, but for students that `students.py` trained through the
-Engine, side by side, so that their rows have no times. Rows are written as they come to `results/accuracy.json`, and a
-run that has one is not repeated. All models get the same weights of torchvision's ResNet-18. anomalib's Stfpm is
-given as many passes as `--stfpm-passes` says, since its hundred take hours.
+Each run is the real `anomalib train` in a fresh process. Rows are written as they come to `results/accuracy.json`, and
+a run that has one is not repeated. All models get the same weights of torchvision's ResNet-18, but for the light one,
+which brings its own. anomalib's Stfpm is given as many passes as `--stfpm-passes` says, since its hundred take hours.
+Rows without times are of models that were trained side by side through the Engine, by a script that each row names and
+that is in the history up to commit f4b4dd4.
 """
 
 from __future__ import annotations
@@ -25,21 +25,13 @@ from typing import Any
 
 from rich.progress import Progress
 
-from benchmarks import places
-from benchmarks.environment import environment
-from benchmarks.places import GPU, SIX
+from benchmarks.environment import environment, keep, markdown, rows
 from benchmarks.training_speed import OTHERS, train
-from stpm_plugin.training.placement import ALIGNED
 
 RESULTS = Path(__file__).parent / "results"
-MODELS = ("STPM", "STPM, paper", *OTHERS)
-STUDENTS = {  # recipes of `students.py`
-    "default": "STPM",
-    "lite0": "STPM, lite0",
-    "default mixed": "STPM, one student of all six",
-    "default 10 %": "STPM, a tenth of the images",
-    "paper": "STPM, paper",
-}
+LITE0 = {"backbone": "tf_efficientnet_lite0.in1k", "teacher_weights": "lite0"}
+MODELS = ("STPM", "STPM, lite0", "STPM, paper", *OTHERS)
+SIX = ("screw", "bottle", "kolektor_sdd", "grid", "transistor", "toothbrush")
 LIGHT = {  # variants of `inference_speed.py light`: rows here, and their labels in the figure
     "lite0": ("STPM, lite0", "this plugin, Lite0"),
     "resnet18": ("STPM", "this plugin, ResNet-18"),
@@ -58,7 +50,7 @@ METRICS = {
 def main() -> None:
     """Run what is missing, or tabulate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["run", "students", "table"])
+    parser.add_argument("part", choices=["run", "table"])
     parser.add_argument("categories", nargs="*", type=Path, help="folders in MVTec AD's layout")
     parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
@@ -76,17 +68,10 @@ def main() -> None:
         with Progress() as progress:
             task = progress.add_task("runs", total=len(wanted))
             for key, row in spread_out(wanted, args) if args.ray else one_by_one(wanted, args):
-                file.write_text(json.dumps({**rows(file), key: row}, indent=1))
+                keep(file, key, row)
                 progress.update(task, advance=1, description=key)
                 progress.console.print(key, json.dumps(row["metrics"]))
-    if args.part == "students":
-        file.write_text(json.dumps({**rows(file), **dict(students())}, indent=1))
     table(rows(file), file)
-
-
-def rows(file: Path) -> dict[str, dict[str, Any]]:
-    """Return what is kept."""
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def jobs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -106,27 +91,9 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
                         "category": category.name,
                         "epochs": passes,
                         "seed": seed,
+                        "arguments": LITE0 if model == "STPM, lite0" else {},
                     },
                 )
-
-
-def students() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield a row for each student of a whole recipe that `places.py` has measured, as the plugin scores it.
-
-    One that a GPU trained counts where the CPU trained none of that seed.
-    """
-    measured = places.rows()
-    for key, student in measured.items():
-        recipe, category, seed = key.split(", ")
-        if seed.endswith(GPU) and key.removesuffix(GPU) in measured:
-            continue
-        seed = seed.removesuffix(GPU)
-        if recipe in STUDENTS and seed.isdigit():
-            name = STUDENTS[recipe]
-            aligned = student["run"].get("aligned", student["alignment"] > ALIGNED)
-            metrics = student.pop("metrics")["with" if aligned else "without"]
-            row = {"model": name, "name": name, "category": category, "seed": int(seed), "metrics": metrics}
-            yield f"{name}, {category}, seed {seed}", row | student
 
 
 def run(job: dict[str, Any], teacher: Path, checkpoint: Path | None = None) -> dict[str, Any]:
@@ -222,11 +189,6 @@ def over_latency(groups: dict[tuple[str, str], list[dict[str, Any]]], variants: 
         axis.margins(0.35, 0.25)
         axis.set_xlim(left=0)
     return figure
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """A table of a heading and rows."""
-    return "\n".join(" | ".join(["", *line, ""]).strip() for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 
 def spread(values: list[float | None], digits: int) -> str:

@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import yaml
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from anomalib.models import Padim, Patchcore, Stfpm
@@ -30,16 +31,22 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.environment import environment
-from benchmarks.students import LITE0, PAPER, SIZE
-from benchmarks.training_speed import hub
+from benchmarks.accuracy import LITE0
+from benchmarks.environment import environment, keep
+from benchmarks.training_speed import CONFIGS, hub
 from stpm_plugin import STPM
 from stpm_plugin.model.matching import matching_loss
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 BATCHES = (1, 32)
 WARM, TIMED = 10, 100
+SIZE = (256, 256)
 CHAIN = ("layer1", "layer2", "layer3")
+PAPER = {
+    name: value
+    for name, value in yaml.safe_load((CONFIGS / "paper.yaml").read_text())["model"]["init_args"].items()
+    if name not in ("seed", "evaluator")
+}
 
 
 def main() -> None:
@@ -80,9 +87,9 @@ def models(teacher: str) -> dict[str, tuple[Callable[[], Any], int | None]]:
     light = PAPER | LITE0 | {"layers": None}
     return {
         "STPM": (lambda: STPM(teacher_weights=teacher, **stpm), None),
-        "STPM, lite0": (lambda: STPM(teacher_weights="lite0", **LITE0, **stpm), None),
+        "STPM, lite0": (lambda: STPM(**LITE0, **stpm), None),
         "STPM, paper": (lambda: STPM(teacher_weights=teacher, **PAPER, **stpm), None),
-        "STPM, lite0, paper": (lambda: STPM(teacher_weights="lite0", **light, **stpm), None),
+        "STPM, lite0, paper": (lambda: STPM(**light, **stpm), None),
         "anomalib PaDiM": (lambda: Padim(layers=list(CHAIN), **resnet), 1),
         "anomalib PatchCore": (lambda: Patchcore(coreset_sampling_ratio=0.01, **resnet), 1),
         "anomalib Stfpm, 20 of 100 passes": (lambda: Stfpm(**resnet), 20),
@@ -90,9 +97,8 @@ def models(teacher: str) -> dict[str, tuple[Callable[[], Any], int | None]]:
 
 
 def save(key: str, row: dict[str, Any]) -> None:
-    """Keep a row."""
-    kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    RESULT.write_text(json.dumps({**kept, key: row | environment("python -m benchmarks.gpu")}, indent=1))
+    """Keep a row, and print it."""
+    keep(RESULT, key, row | environment("python -m benchmarks.gpu"))
     print(key, json.dumps(row), flush=True)
 
 

@@ -45,9 +45,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, keep, markdown, rows, spread
 from benchmarks.questions import SizedAUPRO, thirds
-from benchmarks.training_speed import hub, spread
+from benchmarks.training_speed import hub
 from stpm_plugin import STPM, DemoData
 from stpm_plugin.demo.demo_data import scene
 
@@ -86,31 +86,26 @@ def main() -> None:
     elif args.task == "score":
         with tempfile.TemporaryDirectory() as folder:
             for key, row in scoring(args, Path(folder)):
-                keep(key, row)
-    RESULTS.with_suffix(".md").write_text(text := table(rows()))
-    draw(rows())
+                save(key, row)
+    RESULTS.with_suffix(".md").write_text(text := table(rows(RESULTS)))
+    draw(rows(RESULTS))
     print(text)
 
 
-def rows() -> dict[str, dict[str, Any]]:
-    """Return what is kept."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def keep(key: str, row: dict[str, Any]) -> None:
-    """Write a row."""
-    RESULTS.write_text(json.dumps(rows() | {key: row | environment("python -m benchmarks.large_images")}, indent=1))
+def save(key: str, row: dict[str, Any]) -> None:
+    """Keep a row, and print it."""
+    keep(RESULTS, key, row | environment("python -m benchmarks.large_images"))
     print(key, row, flush=True)
 
 
 def run(key: str, data: str, size: str, args: argparse.Namespace) -> None:
     """Fit and score in a process of its own, unless there is a row."""
-    if key in rows():
+    if key in rows(RESULTS):
         return
     given = ["--teacher", args.teacher, "--backbone", args.backbone, "--work", str(args.work), "--seed", str(args.seed)]
     command = [sys.executable, "-m", "benchmarks.large_images", "one", data, "--sizes", size, *given]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    keep(key, json.loads(done.stdout.splitlines()[-1]))
+    save(key, json.loads(done.stdout.splitlines()[-1]))
 
 
 def data_of(name: str, work: Path) -> AnomalibDataModule:
@@ -249,7 +244,7 @@ def table(kept: dict[str, dict[str, Any]]) -> str:
     runs: dict[str, list[dict[str, Any]]] = {}
     for key, row in kept.items():
         runs.setdefault(re.sub(r", \d+(?=$|, GPU)", "", key), []).append(row)
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines = [head]
     for run, found in sorted(runs.items()):
         cells = [run, str(found[0].get("n", len(found)))]
         for name in names:
@@ -257,8 +252,8 @@ def table(kept: dict[str, dict[str, Any]]) -> str:
             cells.append(spread(values, 4 if "AU" in name else 2) if values else "")
         measured = by_extent(found[0]["scores"]) if "scores" in found[0] else []
         cells += [f"{area:.3f} ({count})" for area, count in measured] or [""] * len(ranges)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(lines) + "\n"
 
 
 def draw(kept: dict[str, dict[str, Any]]) -> None:

@@ -6,8 +6,8 @@
 Questions are `match` (does a student match?), `scales` (do several levels help?), `teachers` (what does a teacher
 carry?) and `fewshot` (how many images are enough?). Data are folders in MVTec AD's layout. Each run is the real
 `anomalib train` in a fresh process; rows are written as they come to `results/questions.json`, and what has a row is
-not run again. `teachers` looks for more teachers, made by `pretrain_teacher.py`, in `--teachers DIR`, named after what
-they were trained on (`mnist.safetensors`). The rows that are kept are of the defaults of their date: power -1/4 and the
+not run again. `teachers` looks for more teachers, weights of a ResNet-18, in `--teachers DIR`, named after what they
+were trained on (`mnist.safetensors`). The rows that are kept are of the defaults of their date: power -1/4 and the
 finest level at full weight.
 """
 
@@ -161,9 +161,7 @@ def answer(question: str, args: argparse.Namespace, folder: Path) -> None:
         print(key, flush=True)
         source, weights = job.pop("data"), teacher(job["teacher"], args, folder)  # paths of this machine
         if not weights.exists():
-            made = job["teacher"].replace("_shuffled", " --shuffle-labels")
-            how = f"python -m benchmarks.pretrain_teacher --data {made} --root data --out {weights}"
-            keep(file, key, {"question": question, **job, "why": f"not made: {how}"})
+            keep(file, key, {"question": question, **job, "why": f"no {weights.name} in --teachers"})
             continue
         begin = time.time()
         row = train(settings(job, source, args, folder), weights.resolve(), folder)

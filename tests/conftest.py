@@ -25,7 +25,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).parents[2] / "shared"
-TEACHER = Path(__file__).with_name("cifar10_teacher.safetensors")  # a ResNet-18: benchmarks/pretrain_teacher.py
+TEACHER = Path(__file__).with_name("cifar10_teacher.safetensors")  # a ResNet-18
 TINY = {"train_images": 10, "test_images": 2, "num_workers": 0, "train_batch_size": 4}
 MODEL = {
     "backbone": "resnet18",
