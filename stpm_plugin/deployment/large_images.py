@@ -53,8 +53,10 @@ class LargeImages:
         return max(pixels.shape[1:]) > LARGEST
 
     @functools.cached_property
-    def _compiled(self) -> ov.CompiledModel:
-        return self._compile(self._network)
+    def _requests(self) -> list[ov.InferRequest]:
+        compiled = self._compile(self._network)
+        count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        return [compiled.create_infer_request() for _ in range(count)]
 
     def score(self, pixels: np.ndarray, verdict: Verdict) -> Raw:
         """Score an image (3, H, W), RGB, uint8; its score is made as ``verdict`` says."""
@@ -67,10 +69,7 @@ class LargeImages:
         """The levels' distances (H_l, W_l) of the whole image."""
         height, width = pixels.shape[1:]
         whole = [np.empty((-(-height // reach.stride), -(-width // reach.stride)), np.float32) for reach in self.seen]
-        idle = deque(
-            self._compiled.create_infer_request()
-            for _ in range(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-        )
+        idle = deque(self._requests)
         busy: deque = deque()
 
         def collect() -> None:
