@@ -165,10 +165,16 @@ def own_size(tmp_path_factory):
     return trained, engine, data, root
 
 
-def test_every_route_gives_one_verdict_at_the_images_own_size(own_size, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def own_size_exported(own_size, tmp_path_factory):
+    """An OpenVINO file of it, for images of all sizes."""
+    return STPM.load_from_checkpoint(own_size[1].best_model_path).to_openvino(tmp_path_factory.mktemp("exported"))
+
+
+def test_every_route_gives_one_verdict_at_the_images_own_size(own_size, own_size_exported, tmp_path, monkeypatch):
     """Whole and in windows, by Engine and by OpenVINO, float and rounded."""
     trained, engine, data, root = own_size
-    files = sorted((root / "bad").iterdir()) + sorted((root / "good").iterdir())[:3]
+    files = sorted((root / "bad").iterdir()) + sorted((root / "good").iterdir())[:1]
     checkpoint = engine.best_model_path
     by_engine = {
         one.image_path[0]: one
@@ -176,7 +182,7 @@ def test_every_route_gives_one_verdict_at_the_images_own_size(own_size, tmp_path
             STPM(visualizer=False), dataset=PredictDataset(root / "bad"), ckpt_path=checkpoint
         )
     }
-    exported = STPM.load_from_checkpoint(checkpoint).to_openvino(tmp_path)
+    exported = own_size_exported
     whole = {one.path: one for one in Scorer(exported).score(files, maps=True)}
     monkeypatch.setattr(large_images, "LARGEST", 128)
     monkeypatch.setattr(network, "LARGEST", 128)
@@ -295,9 +301,9 @@ def test_a_model_of_one_size_takes_no_other(own_size, tmp_path):
         list(Scorer(exported).score(sorted((root / "bad").iterdir())))
 
 
-def test_an_image_that_is_too_small_is_refused_by_each_route(own_size, tmp_path):
+def test_an_image_that_is_too_small_is_refused_by_each_route(own_size, own_size_exported):
     trained, _, _, _ = own_size
-    scorer = Scorer(trained.to_openvino(tmp_path))
+    scorer = Scorer(own_size_exported)
     with pytest.raises(STPMError, match="image of 7 x 30 pixels is smaller than the stride 8"):
         trained.model(torch.zeros(1, 3, 7, 30))
     with pytest.raises(STPMError, match="small has 7 x 30 pixels, and the model, which resizes nothing, needs 8"):

@@ -57,12 +57,10 @@ def round_model(
         The rounded model of raw scores, and a copy of the post-processor with the rounded model's thresholds.
 
     Raises:
-        STPMError: The data are not the model's, an image is anomalous or cannot be read, or none was held out.
+        STPMError: The data are not the model's, or an image is anomalous or cannot be read.
     """
     loader = normal_images(datamodule)
     trained, held_out = indices_of(loader.dataset, record)
-    if max_drop is not None or getattr(post_processor, "normal_quantile", None) is not None:
-        require_held_out(held_out)
     order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(record.seed if record else 0)).tolist()
     calibration = [trained[index] for index in order[:CALIBRATION_IMAGES]]
     parts = (calibration, [] if max_drop is None else held_out)
@@ -92,13 +90,13 @@ def normal_images(datamodule: AnomalibDataModule) -> DataLoader:
     return cast("DataLoader", loader)
 
 
-def require_held_out(indices: Sequence[int]) -> None:
+def require_held_out(record: DataRecord | None) -> None:
     """Refuse to go on without held-out images.
 
     Raises:
         STPMError: There are none.
     """
-    if not indices:
+    if record is None or not record.identified or not record.held_out:
         msg = (
             "INT8_ACQ and normal_quantile need images that were held out from training, and this model has or knows "
             "none: train it with holdout above 0, or use INT8_PTQ with a validation set."

@@ -25,7 +25,7 @@ from ..training.diagnostics import require_room, size_of
 from ..training.guards import TrainedOnly
 from ..training.thresholds import HELD_OUT, VALIDATION, STPMPostProcessor
 from .exported_model import REACHES, describe, write
-from .int8 import round_model
+from .int8 import require_held_out, round_model
 from .verdict import RAW_LEVEL, SECTION, Scale, Verdict
 
 if TYPE_CHECKING:
@@ -103,12 +103,14 @@ def export(
         name = type(module.post_processor).__name__
         msg = f"INT8 sets its thresholds anew, which {name} does not offer: use STPMPostProcessor, or export in FP16."
         raise STPMError(msg)
+    drop = max_drop if compression_type == CompressionType.INT8_ACQ else None
+    if drop is not None or (rounds and getattr(module.post_processor, "normal_quantile", None) is not None):
+        require_held_out(module.data_record)
     with tempfile.TemporaryDirectory() as folder, without_post_processor(module, appended) as post_processor:
         options = {} if rounds else {"compression_type": compression_type, "datamodule": datamodule}
         source = plain(folder, **options, **arguments)
         if rounds:
             size = arguments.get("input_size") or module.network_size
-            drop = max_drop if compression_type == CompressionType.INT8_ACQ else None
             data = cast("AnomalibDataModule", datamodule)
             model, post_processor = round_model(source, data, module.data_record, size, post_processor, drop)
         else:
