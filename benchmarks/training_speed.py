@@ -2,6 +2,7 @@
 
     python -m benchmarks.training_speed passes --root DIR --teacher FILE   # seconds a pass, memory: models in turns
     python -m benchmarks.training_speed growth --root DIR --teacher FILE   # with the number and the size of images
+    python -m benchmarks.training_speed whole  --root DIR --teacher FILE   # fits of many images, and beside other work
     python -m benchmarks.training_speed plot                               # redraw and tabulate what is kept
 
 Each run is the real `anomalib train` in a fresh process; rows are written as they come to
@@ -13,6 +14,8 @@ number of passes are of recipes that were tried before the present one (`recipes
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import resource
@@ -46,6 +49,13 @@ OTHERS = {  # PatchCore with a tenth of its usual coreset, which would take hour
     "anomalib PatchCore": ("Patchcore", {"backbone": "resnet18", "coreset_sampling_ratio": 0.01}),
 }
 ROUNDS = 3
+WHOLE: dict[str, tuple[int, int, dict[str, Any]]] = {  # images, busy processes beside, arguments
+    "320 images": (320, 0, {}),
+    "20,000 images": (20_000, 0, {}),
+    "150 steps": (320, 0, SHORT := {"steps": [150, 150]}),
+    "150 steps beside one busy process": (320, 1, SHORT),
+    "150 steps beside two busy processes": (320, 2, SHORT),
+}
 TRANSFORMS = "torchvision.transforms.v2"
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
 COUNTS, SIZES, IMAGES_AT_SIZES = (50, 100, 200, 320), (256, 384, 512), 50
@@ -97,7 +107,7 @@ class Clock(Callback):
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["passes", "growth", "plot"])
+    parser.add_argument("part", choices=["passes", "growth", "whole", "plot"])
     parser.add_argument("--root", type=Path, help="MVTec AD's folder")
     parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
     parser.add_argument("--results", type=Path, default=RESULT, help="file of what is kept")
@@ -106,7 +116,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for key, run in runs(args, Path(folder)):
                 if key not in rows(args.results):
-                    row = {**run, **train(run, args.teacher.resolve(), Path(folder))}
+                    with busy(run.get("beside", 0)):
+                        row = {**run, **train(run, args.teacher.resolve(), Path(folder))}
                     del row["root"]  # a path of this machine
                     keep(args.results, key, row | environment(f"python -m benchmarks.training_speed {args.part}"))
                     print(key, json.dumps({name: row[name] for name in ("pass_seconds", "fit_seconds")}), flush=True)
@@ -120,11 +131,17 @@ def main() -> None:
 def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name and the settings of each run of a part, the models in turns."""
     root = args.root.resolve()
+    run: dict[str, Any]
     if args.part == "passes":
         for number in range(ROUNDS):
             for model, epochs in TIMED.items():
                 run = {"model": model, "root": str(root), "category": "screw", "epochs": epochs, "seed": number}
                 yield f"passes, {model}, round {number}", run
+    elif args.part == "whole":
+        for number, (name, (count, beside, arguments)) in itertools.product(range(ROUNDS), WHOLE.items()):
+            run = {"model": "STPM", "root": str(few(root / "screw", count, folder / str(count))), "category": "screw"}
+            run |= {"epochs": None, "seed": number, "beside": beside, "arguments": arguments, "name": f"STPM, {name}"}
+            yield f"whole, {name}, round {number}", run
     else:
         shapes = [*((IMAGES_AT_SIZES, size) for size in SIZES), *((count, 256) for count in COUNTS)]
         for count, size in dict.fromkeys(shapes):
@@ -135,14 +152,33 @@ def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str
 
 
 def few(source: Path, count: int, root: Path) -> Path:
-    """Copy ``count`` training images and a small test set, on which a validation costs little; returns the root."""
+    """Copy ``count`` training images and a small test set, on which a validation costs little; returns the root.
+
+    Beyond the images that there are, they are taken again and again, by links.
+    """
 
     def others(folder: str, names: list[str]) -> list[str]:
         images = sorted(name for name in names if name.endswith(".png"))
         return images[count if folder.endswith("train/good") else 2 :]
 
-    shutil.copytree(source, root / "screw", ignore=others, dirs_exist_ok=True)
+    if root.exists():
+        return root
+    shutil.copytree(source, root / "screw", ignore=others)
+    files = sorted((root / "screw/train/good").iterdir())
+    for number in range(len(files), count):
+        os.link(files[number % len(files)], files[0].with_name(f"{number:05}.png"))
     return root
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Keep so many processes busy meanwhile."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
 
 
 def train(run: dict[str, Any], teacher: Path, folder: Path) -> dict[str, Any]:
@@ -226,8 +262,8 @@ def table(kept: dict[str, dict[str, Any]]) -> str:
     """Seconds of a pass and of a fit, and peak memory, of each model: mean and deviation over the rounds."""
     groups = defaultdict(list)
     for key, row in kept.items():
-        if key.startswith("passes"):
-            groups[row["model"]].append(row)
+        if key.startswith(("passes", "whole")):
+            groups[row.get("name", row["model"])].append(row)
     lines: list[list[Any]] = [["model", "rounds", "a pass, s", "fit, s", "peak, GiB"]]
     for model, found in groups.items():
         seconds = spread([mean(row["pass_seconds"]) for row in found])
