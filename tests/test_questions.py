@@ -40,7 +40,7 @@ def test_a_question_runs_what_it_lacks_and_keeps_its_rows(demo_root: Path, tmp_p
     command(*ask, "cifar10", "mnist", cwd=ROOT)
     kept, missing = json.loads((tmp_path / "questions.json").read_text()).values()
     assert kept == row
-    assert "not made" in missing["why"]
+    assert "no mnist.safetensors" in missing["why"]
 
 
 def test_distances_are_looked_at_before_and_after_passes(demo, tmp_path: Path) -> None:
