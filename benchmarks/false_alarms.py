@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, markdown
 from stpm_plugin.false_alarms import found, limit
 
 RESULTS = Path(__file__).parent / "results" / "false_alarms.json"
@@ -140,12 +140,6 @@ def interval(value: float, count: int) -> str:
 def share(value: float) -> str:
     """A share as a percentage."""
     return f"{100 * value:.1f} %"
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table, its first row the head."""
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -116,10 +116,9 @@ class Scorer:
         mask = None if ignore is None else digest([Path(ignore)])
         self.settings = in_words(device, precision, threshold, sensitivity, mask, reduced_decode)
         seen = None if self.verdict is None else reaches_of(network)
-        self.size, self.only = size_of(network), None
+        self.size = size_of(network) if seen is None else None  # else nothing is resized
+        self.only = None if seen is None else size_of(network)
         self.smallest = 1 if seen is None else seen[-1].stride
-        if seen is not None:  # nothing is resized
-            self.size, self.only = None, self.size
         self.reduce_to = self.size if reduced_decode else None
         if reduced_decode and (self.size is None or ignore is not None):
             msg = "reduced_decode needs a model that resizes images first, and no mask, which would not fit."
