@@ -25,7 +25,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from benchmarks.environment import environment, keep, markdown, rows
+from benchmarks.environment import environment, keep, markdown, rows, spread
 from benchmarks.training_speed import OTHERS, train
 
 RESULTS = Path(__file__).parent / "results"
@@ -189,15 +189,6 @@ def over_latency(groups: dict[tuple[str, str], list[dict[str, Any]]], variants: 
         axis.margins(0.35, 0.25)
         axis.set_xlim(left=0)
     return figure
-
-
-def spread(values: list[float | None], digits: int) -> str:
-    """Mean and standard deviation of what is there."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return ""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
 
 
 def draw(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> Any:

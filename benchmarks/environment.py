@@ -47,8 +47,11 @@ def keep(file: Path, key: str, row: dict[str, Any]) -> None:
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean and standard deviation."""
+def spread(values: Iterable[float | None], digits: int = 2) -> str:
+    """Mean and standard deviation of the values that are there; empty where none is."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}"
 

@@ -27,13 +27,12 @@ import yaml
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from anomalib.models import Padim, Patchcore, Stfpm
-from huggingface_hub import constants
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.accuracy import LITE0
 from benchmarks.environment import environment, keep
-from benchmarks.training_speed import CONFIGS, hub
+from benchmarks.training_speed import CONFIGS, use_hub
 from stpm_plugin import STPM
 from stpm_plugin.model.matching import matching_loss
 
@@ -59,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     fit(STPM(teacher_weights=args.teacher, epochs=1, steps=None), args, None)  # warms up
     with tempfile.TemporaryDirectory() as folder:
-        constants.HF_HUB_CACHE = f"{hub(Path(args.teacher), Path(folder))['HF_HOME']}/hub"
+        use_hub(Path(args.teacher), Path(folder))
         measure(args)
 
 

@@ -27,18 +27,16 @@ from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC
 from anomalib.models import Padim, Patchcore, Stfpm
-from huggingface_hub import constants
 from rich.progress import track
 from torch.nn import functional as F
 
 from benchmarks.environment import environment, keep, markdown, rows
-from benchmarks.training_speed import hub
+from benchmarks.training_speed import BACKBONES, use_hub
 from stpm_plugin import STPM
 
 RESULT = Path(__file__).parent / "results" / "inference_speed.json"
 SIZE = (256, 256)
 ROUNDS, TIMED = 5, 40  # calls of a variant in a round, after a fifth as many untimed
-BACKBONES = {"resnet18": "resnet18.tv_in1k", "lite0": "tf_efficientnet_lite0.in1k"}
 STUDENTS = {  # exported file, precision of what is not INT8
     "float32": ("float32", "f32"),
     "bfloat16": ("float32", "bf16"),
@@ -78,7 +76,7 @@ def main() -> None:
 
 def exported(args: argparse.Namespace, data: MVTecAD, size: tuple[int, int] | None) -> dict[str, Path]:
     """Train and export what WORK lacks; STPM for images of a size, or of any. Returns the files by their names."""
-    constants.HF_HUB_CACHE = f"{hub(args.teacher, args.work)['HF_HOME']}/hub"
+    use_hub(args.teacher, args.work)
     files: dict[str, Path] = {}
     for name, backbone in BACKBONES.items():
         folder = args.work / args.category / name

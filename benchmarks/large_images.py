@@ -38,7 +38,6 @@ from anomalib.data import AnomalibDataModule, MVTecAD
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, AnomalibMetric
 from anomalib.models import AnomalibModule, Patchcore, Stfpm
-from huggingface_hub import constants
 from lightning import seed_everything
 from matplotlib.figure import Figure
 from PIL import Image
@@ -47,7 +46,7 @@ from torch.nn import functional as F
 
 from benchmarks.environment import environment, keep, markdown, rows, spread
 from benchmarks.questions import SizedAUPRO, thirds
-from benchmarks.training_speed import hub
+from benchmarks.training_speed import BACKBONES, use_hub
 from stpm_plugin import STPM, DemoData
 from stpm_plugin.demo.demo_data import scene
 
@@ -55,7 +54,6 @@ RESULTS = Path(__file__).parent / "results/large_images.json"
 DRAWN = {"train_images": 80, "test_images": 16, "image_side": 2048, "defect_pixels": (6, 40)}
 OWN: dict[str, Any] = {"image_size": None, "batch_size": 1}
 HALF = {"epochs": 4, "steps": (300, 700)}
-BACKBONES = {"resnet18": "resnet18.tv_in1k", "lite0": "tf_efficientnet_lite0.in1k"}
 RIVALS = ("PatchCore", "Stfpm")
 IMAGES, SIZE = 6, (4000, 3000)  # of `score`: their number, width and height
 MEASURED = (  # runs a command, and prints the most memory that it took, KiB
@@ -122,9 +120,10 @@ def data_of(name: str, work: Path) -> AnomalibDataModule:
 
 def fit(name: str, size: str, args: argparse.Namespace) -> dict[str, Any]:
     """Fit once, and score the test images."""
-    data = data_of(name, args.work)
-    if size.startswith(RIVALS):  # which do not fit without one
+    if size.startswith(RIVALS):  # which do not fit without a validation set
         data = MVTecAD(root=Path(name).resolve().parent, category=Path(name).name, num_workers=1)
+    else:
+        data = data_of(name, args.work)
     with tempfile.TemporaryDirectory() as folder:
         model, options = prepared(size, args, Path(folder))
         quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "limit_val_batches": 1}
@@ -146,7 +145,7 @@ def prepared(size: str, args: argparse.Namespace, folder: Path) -> tuple[Anomali
     """Return a model and its Engine's options."""
     kind, _, number = size.partition("-")
     if kind in RIVALS:
-        constants.HF_HUB_CACHE = f"{hub(Path(args.teacher), folder)['HF_HOME']}/hub"
+        use_hub(Path(args.teacher), folder)
         seed_everything(args.seed)
         side = (int(number), int(number))
         if kind == "PatchCore":
@@ -247,9 +246,7 @@ def table(kept: dict[str, dict[str, Any]]) -> str:
     lines = [head]
     for run, found in sorted(runs.items()):
         cells = [run, str(found[0].get("n", len(found)))]
-        for name in names:
-            values = [row[name] for row in found if name in row]
-            cells.append(spread(values, 4 if "AU" in name else 2) if values else "")
+        cells += [spread([row.get(name) for row in found], 4 if "AU" in name else 2) for name in names]
         measured = by_extent(found[0]["scores"]) if "scores" in found[0] else []
         cells += [f"{area:.3f} ({count})" for area, count in measured] or [""] * len(ranges)
         lines.append(cells)

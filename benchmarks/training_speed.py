@@ -48,6 +48,7 @@ OTHERS = {  # PatchCore with a tenth of its usual coreset, which would take hour
     "anomalib PaDiM": ("Padim", {"backbone": "resnet18"}),
     "anomalib PatchCore": ("Patchcore", {"backbone": "resnet18", "coreset_sampling_ratio": 0.01}),
 }
+BACKBONES = {"resnet18": "resnet18.tv_in1k", "lite0": "tf_efficientnet_lite0.in1k"}
 ROUNDS = 3
 WHOLE: dict[str, tuple[int, int, dict[str, Any]]] = {  # images, busy processes beside, arguments
     "320 images": (320, 0, {}),
@@ -256,6 +257,13 @@ def hub(teacher: Path, folder: Path) -> dict[str, str]:
         (snapshot.parents[1] / "refs").mkdir()
         (snapshot.parents[1] / "refs/main").write_text("0")
     return {"HF_HOME": str(folder / "home")}
+
+
+def use_hub(teacher: Path, folder: Path) -> None:
+    """Let anomalib's models find the teacher offline in this process."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_CACHE = f"{hub(teacher, folder)['HF_HOME']}/hub"
 
 
 def table(kept: dict[str, dict[str, Any]]) -> str:
