@@ -44,6 +44,7 @@ from .guards import TrainedOnly
 from .normal_images import NormalImages
 from .schedule import Kind, RateSchedule, bound_epochs, end_of_run, names_no_length, steps_in_a_pass
 from .selection import WeightSelection
+from .threads import FreeProcessors
 from .thresholds import STPMPostProcessor
 from .verdict_pictures import VerdictPictures
 
@@ -187,9 +188,9 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         return VerdictPictures()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """anomalib's, the choice of the weights, and what a run says of itself."""
+        """anomalib's, the choice of the weights, the threads, and what a run says of itself."""
         anomalibs = cast("Sequence[Callback]", super().configure_callbacks())
-        return [*anomalibs, self.selection, TimeLeft(), FailureReport()]
+        return [*anomalibs, self.selection, FreeProcessors(), TimeLeft(), FailureReport()]
 
     # Training
 
