@@ -13,12 +13,10 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.environment import markdown, spread
+from benchmarks.environment import METRICS, Row, grouped, markdown, spread
 from benchmarks.questions import EDGES, GROUPS, LAYERS, SHARES, SUBSETS, TEACHERS, THIRDS
 
-Row = dict[str, Any]
 Series = dict[tuple[str, str], dict[int, list[Row]]]  # by category and model, then by share of the images
-METRICS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_AUPRO": "PRO"}
 ALL = METRICS | {f"{third}_SizedAUPRO": f"PRO, {third}" for third in THIRDS}  # by the size of the defects
 
 
@@ -50,7 +48,7 @@ def draw(kept: dict[str, Row], results: Path) -> None:
 def few(rows: Iterable[Row]) -> Series:
     """Group runs by category and model, then by share of the images; STPM's by their length; all images alone: none."""
     series: Series = defaultdict(lambda: defaultdict(list))
-    for category, part in by_category(rows).items():
+    for (category,), part in grouped(rows, "category").items():
         fewest = min(row["passes"] for row in part if row["model"] == "STPM")
         for row in part:
             names = [row["model"]]
@@ -60,14 +58,6 @@ def few(rows: Iterable[Row]) -> Series:
             for name in names:
                 series[category, name][row["share"]].append(row)
     return {key: dict(sorted(shares.items())) for key, shares in sorted(series.items()) if set(shares) != {100}}
-
-
-def by_category(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Group rows by their category."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["category"]].append(row)
-    return dict(sorted(groups.items()))
 
 
 def table(kept: dict[str, Row], series: Series) -> str:
@@ -139,12 +129,12 @@ def match(rows: list[Row]) -> plt.Figure:
 
 def compared(rows: list[Row], key: str, names: dict[Any, str]) -> plt.Figure:
     """A cluster of bars for each value of ``key``, one for each category; axes are cut below the lowest."""
-    groups = by_category(rows)
+    groups = sorted(grouped(rows, "category").items())
     names = {value: name for value, name in names.items() if any(row[key] == value for row in rows)}
     figure, axes = plt.subplots(2, 3, figsize=(12, 5.6))
     for axis, (metric, title) in zip(axes.flat, ALL.items(), strict=True):
         lowest = 1.0
-        for place, (category, part) in enumerate(groups.items()):
+        for place, ((category,), part) in enumerate(groups):
             found = {row[key]: row["metrics"].get(metric, nan) for row in part}
             at = np.arange(len(names)) + 0.8 * (place + 0.5) / len(groups) - 0.4
             axis.bar(at, [found.get(value, nan) for value in names], 0.75 / len(groups), label=category)

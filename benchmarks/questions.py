@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -28,19 +27,17 @@ import torch
 from anomalib.metrics import AUPRO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
 from skimage.measure import label
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.environment import environment, keep, rows
-from benchmarks.training_speed import train
+from benchmarks.environment import Row, environment, keep, parser, rows
+from benchmarks.training_speed import part_of, train
 from stpm_plugin.model.features import FeaturePyramid
 from stpm_plugin.model.matching import distances
 
-RESULTS = Path(__file__).parent / "results"
 NAME = "benchmarks.questions"  # also where it runs as a script
 CIFAR10 = Path(__file__).parents[1] / "tests/cifar10_teacher.safetensors"
 QUESTIONS = ("match", "scales", "teachers", "fewshot")
@@ -131,55 +128,48 @@ class Distances(Callback):
 
 def main() -> None:
     """Run what a question still lacks, then tabulate and draw all that is kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=[*QUESTIONS, "all", "figures"])
-    parser.add_argument("--data", nargs="*", type=Path, default=[], help="folders in MVTec AD's layout")
-    parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18; one of CIFAR-10, for a trial")
-    parser.add_argument("--teachers", type=Path, default=Path("teachers"), help="folder of other teachers' weights")
-    parser.add_argument("--names", nargs="+", default=list(TEACHERS), help="of the teachers")
-    parser.add_argument("--passes", type=int, default=PASSES, help="over all images; another number for a trial")
-    parser.add_argument("--size", type=int, default=256, help="of the images, pixels")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what is kept")
-    args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
-    chosen = {"all": QUESTIONS, "figures": ()}.get(args.question, (args.question,))
+    options = parser(__doc__, [*QUESTIONS, "all", "figures"], "--teacher")
+    options.add_argument("--data", nargs="*", type=Path, default=[], help="folders in MVTec AD's layout")
+    options.add_argument("--teachers", type=Path, default=Path("teachers"), help="folder of other teachers' weights")
+    options.add_argument("--names", nargs="+", default=list(TEACHERS), help="of the teachers")
+    options.add_argument("--passes", type=int, default=PASSES, help="over all images; another number for a trial")
+    options.add_argument("--size", type=int, default=256, help="of the images, pixels")
+    args = options.parse_args()
+    file = args.results / "questions.json"
     with tempfile.TemporaryDirectory() as folder:
-        for question in chosen:
-            answer(question, args, Path(folder))
+        for question in {"all": QUESTIONS, "figures": ()}.get(args.part, (args.part,)):
+            answer(question, args, file, Path(folder))
     from benchmarks.question_figures import draw
 
-    draw(rows(args.results / "questions.json"), args.results)
+    draw(rows(file), args.results)
 
 
-def answer(question: str, args: argparse.Namespace, folder: Path) -> None:
+def answer(question: str, args: argparse.Namespace, file: Path, folder: Path) -> None:
     """Run what the question lacks."""
-    file = args.results / "questions.json"
-    there = {key for key, row in rows(file).items() if "why" not in row}  # what was missing may be there now
-    wanted = {name_of(job): job for job in jobs(question, args)}
-    wanted = {key: job for key, job in wanted.items() if key not in there}
-    for key, job in track(wanted.items(), f"{question}: {len(wanted)} runs"):
-        print(key, flush=True)
-        source, weights = job.pop("data"), teacher(job["teacher"], args, folder)  # paths of this machine
-        if not weights.exists():
-            keep(file, key, {"question": question, **job, "why": f"no {weights.name} in --teachers"})
+    for job in jobs(question, args):
+        key, kept = name_of(job), {"question": question, **job}
+        source, weights = kept.pop("data"), teacher(job["teacher"], args, folder)  # paths of this machine
+        if "metrics" in rows(file).get(key, {}):
+            continue
+        if not weights.exists():  # it may be there next time
+            keep(file, key, kept | {"why": f"no {weights.name} in --teachers"})
             continue
         begin = time.time()
         row = train(settings(job, source, args, folder), weights.resolve(), folder)
         if question == "match":
             row["looks"] = json.loads((folder / "distances.json").read_text())
         row |= {"teacher_accuracy": accuracy_of(job["teacher"], weights), "seconds": round(time.time() - begin)}
-        row |= environment(f"python -m benchmarks.questions {question}")
-        keep(file, key, {"question": question, **job, **row})
+        keep(file, key, kept | row | environment(f"python -m benchmarks.questions {question}"))
 
 
-def name_of(job: dict[str, Any]) -> str:
+def name_of(job: Row) -> str:
     """Name a run by what it is, so that equal runs of two questions are one."""
     words = [job["model"], job["category"], f"seed {job['seed']}", f"{job['share']} %", f"{job['passes']} passes"]
     words += ["+".join(job["layers"]), job["teacher"], f"{job['size']} pixels"]
     return ", ".join(words) + (", distances" if job.get("distances") else "")
 
 
-def jobs(question: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def jobs(question: str, args: argparse.Namespace) -> Iterator[Row]:
     """Yield a question's runs."""
     for path in args.data:
         base = {"model": "STPM", "data": path.resolve(), "category": path.name, "seed": 0, "share": 100}
@@ -193,12 +183,11 @@ def jobs(question: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         elif question == "teachers":
             yield from (base | {"teacher": name} for name in args.names if name != "imagenet" or args.teacher)
         else:
-            for share, seeds in SHARES.items():
-                for seed in range(seeds):
-                    part = base | {"share": share, "seed": seed}
-                    for model in ("STPM", "anomalib PaDiM", "anomalib PatchCore"):
-                        yield part | {"model": model, "passes": args.passes if model == "STPM" else 1}
-                    yield part | {"passes": round(args.passes * 100 / share)}
+            for share, seed in ((share, seed) for share, seeds in SHARES.items() for seed in range(seeds)):
+                part = base | {"share": share, "seed": seed}
+                yield part
+                yield part | {"passes": round(args.passes * 100 / share)}
+                yield from (part | {"model": f"anomalib {name}", "passes": 1} for name in ("PaDiM", "PatchCore"))
 
 
 def teacher(name: str, args: argparse.Namespace, folder: Path) -> Path:
@@ -211,7 +200,7 @@ def teacher(name: str, args: argparse.Namespace, folder: Path) -> Path:
 
 
 def accuracy_of(name: str, weights: Path) -> float | None:
-    """Share of its own test images that a teacher classifies right; nothing where nobody measured it."""
+    """Share of its own test images that a teacher classifies right; ``None`` where nobody measured it."""
     if name == "imagenet":
         return 0.6976  # quoted: torchvision's resnet18, IMAGENET1K_V1, of the 50,000 validation images
     with safe_open(weights, "pt") as file:
@@ -219,7 +208,7 @@ def accuracy_of(name: str, weights: Path) -> float | None:
     return float(accuracy) if accuracy else None
 
 
-def settings(job: dict[str, Any], source: Path, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def settings(job: Row, source: Path, args: argparse.Namespace, folder: Path) -> Row:
     """Say a run in the words of :func:`benchmarks.training_speed.train`."""
     run = {name: job[name] for name in ("model", "category", "seed", "size")} | {"epochs": job["passes"]}
     run["root"], areas = str(subset(source, job["share"], job["seed"], folder)), thirds(source)
@@ -242,15 +231,11 @@ def subset(source: Path, share: int, seed: int, folder: Path) -> Path:
     if share == 100:
         return source.parent
     root = folder / f"{source.name}-{share}-{seed}"
-    target = root / source.name
-    if not target.exists():
-        files = sorted((source / "train/good").iterdir())
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
-        (target / "train/good").mkdir(parents=True)
-        for index in order[: max(3, round(len(files) * share / 100))]:
-            shutil.copyfile(files[index], target / "train/good" / files[index].name)
-        for part in ("test", "ground_truth"):  # no links: anomalib lists no file that leaves the root
-            shutil.copytree(source / part, target / part, copy_function=shutil.copyfile)
+    if not root.exists():
+        names = sorted(path.name for path in (source / "train/good").iterdir())
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = order[: max(3, round(len(names) * share / 100))]
+        part_of(source, root / source.name, [names[index] for index in chosen])
     return root
 
 
