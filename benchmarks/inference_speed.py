@@ -23,14 +23,13 @@ import openvino as ov
 import torch
 from anomalib.data import MVTecAD
 from anomalib.metrics import AUPRO, AUROC
-from anomalib.models import Padim, Patchcore
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.environment import METRICS, Row, environment, fit, keep, markdown, parser, rows, summary
 from benchmarks.large_images import Case, judged
-from benchmarks.training_speed import BACKBONES, use_hub
+from benchmarks.training_speed import BACKBONES, rival, use_hub
 from stpm_plugin import STPM
 
 SIZE = (256, 256)
@@ -41,10 +40,7 @@ STUDENTS = {  # exported file, precision of what is not INT8
     "INT8": ("INT8", "f32"),
     "INT8, rest bfloat16": ("INT8", "bf16"),
 }
-OTHERS = {  # a tenth of PatchCore's usual coreset
-    "padim": (Padim, {"backbone": "resnet18", "layers": ["layer1", "layer2", "layer3"]}),
-    "patchcore": (Patchcore, {"backbone": "resnet18", "coreset_sampling_ratio": 0.01}),
-}
+OTHERS = {"padim": "anomalib PaDiM", "patchcore": "anomalib PatchCore"}
 Variants = dict[str, tuple[Path, str]]  # a file, and the precision to run it in
 
 
@@ -86,10 +82,10 @@ def exported(args: argparse.Namespace, data: MVTecAD, size: tuple[int, int] | No
                 student = STPM.load_from_checkpoint(checkpoint, map_location="cpu").eval()
                 student.to_openvino(target, input_size=size, compression_type=compression, datamodule=data)
             files[f"{name}, {kind}"] = next(target.rglob("model*.xml"))
-    for name, (model_class, arguments) in OTHERS.items():
+    for name, known in OTHERS.items():
         folder = args.work / args.category / name
         if not any(folder.rglob("model.xml")):
-            model = model_class(**arguments)
+            model = rival(known)
             fit(model, data, folder / "fit", accelerator="cpu", max_epochs=1)
             model.to_openvino(folder)
         files[name] = next(folder.rglob("model.xml"))

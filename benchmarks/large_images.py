@@ -36,7 +36,7 @@ import torch
 from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data import AnomalibDataModule, MVTecAD
 from anomalib.metrics import AUPRO, AUROC, AnomalibMetric
-from anomalib.models import AnomalibModule, Patchcore, Stfpm
+from anomalib.models import AnomalibModule
 from lightning import seed_everything
 from matplotlib.figure import Figure
 from PIL import Image
@@ -46,7 +46,7 @@ from torch.nn import functional as F
 
 from benchmarks.environment import Row, environment, fit, grouped, keep, markdown, missing, parser, rows, spread
 from benchmarks.questions import SizedAUPRO, thirds
-from benchmarks.training_speed import BACKBONES, use_hub
+from benchmarks.training_speed import BACKBONES, rival, use_hub
 from stpm_plugin import STPM, DemoData
 from stpm_plugin.demo.demo_data import scene
 
@@ -141,13 +141,9 @@ def prepared(size: str, args: argparse.Namespace, folder: Path) -> tuple[Anomali
     if kind in RIVALS:
         use_hub(Path(args.teacher), folder)
         seed_everything(args.seed)
-        side = (int(number), int(number))
-        if kind == "PatchCore":
-            resized = Patchcore.configure_pre_processor(side)
-            return Patchcore(backbone="resnet18", coreset_sampling_ratio=0.01, pre_processor=resized), {}
         tiles = TilerConfigurationCallback(enable=True, tile_size=256, stride=128)
-        model = Stfpm(backbone="resnet18", pre_processor=Stfpm.configure_pre_processor(side))
-        return model, {"callbacks": [tiles], "max_epochs": 100}
+        options = {"callbacks": [tiles], "max_epochs": 100} if kind == "Stfpm" else {}
+        return rival(f"anomalib {kind}", int(number)), options
     settings: dict[str, Any] = {"own": OWN, "half": OWN | HALF}.get(kind) or {"image_size": (int(size), int(size))}
     cropped = {"crop_size": int(number)} if number else {}
     model = STPM(backbone=BACKBONES[args.backbone], teacher_weights=args.teacher, seed=args.seed, **settings, **cropped)

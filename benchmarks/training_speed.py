@@ -32,6 +32,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
+from anomalib import models
+from anomalib.models import AnomalibModule
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
@@ -230,6 +232,13 @@ def use_hub(teacher: Path, folder: Path) -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_CACHE = f"{hub(teacher, folder)['HF_HOME']}/hub"
+
+
+def rival(name: str, size: int = 256, **options: Any) -> AnomalibModule:
+    """One of anomalib's models, with the teacher's weights where the hub is :func:`use_hub`'s."""
+    class_path, arguments = OTHERS[name]
+    kind = getattr(models, class_path)
+    return kind(**arguments, pre_processor=kind.configure_pre_processor((size, size)), **options)
 
 
 def table(kept: dict[str, Row]) -> str:
