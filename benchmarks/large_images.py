@@ -2,27 +2,24 @@
 
     python -m benchmarks.large_images run drawn --teacher FILE --sizes 256 512 own     # draws 2048 x 2048 pixels
     python -m benchmarks.large_images run DIR/grid DIR/bottle --teacher FILE --sizes 256 own
-    python -m benchmarks.large_images score --teacher FILE      # time and memory of `stpm score` on 12 megapixels
     python -m benchmarks.large_images table
 
 A size is that to which images are resized, or `own`; `half` has half the steps, `own-160` crops of 160 pixels.
 `PatchCore-512` and `Stfpm-512` are anomalib's at that size, the latter with tiles of 256 that overlap by half. Each fit
 is a process of its own, by anomalib's Engine, alone on the machine; rows are written as they come to
 `results/large_images.json`, and what has a row is not run again. Maps are compared with masks at the masks' size.
-Recipes are the plugin's; at their own size `configs/native.yaml`'s, but for the hold-out, which is the others'.
+Recipes are the plugin's; at their own size `configs/native.yaml`'s, but for the hold-out, which is the others'. Rows of
+12 megapixels are by the command as of commit 951a4ce; `scoring_speed.py` times files of that size.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import multiprocessing
 import re
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -39,7 +36,6 @@ from anomalib.metrics import AUPRO, AUROC, AnomalibMetric
 from anomalib.models import AnomalibModule
 from lightning import seed_everything
 from matplotlib.figure import Figure
-from PIL import Image
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,17 +44,11 @@ from benchmarks.environment import Row, environment, fit, grouped, keep, markdow
 from benchmarks.questions import SizedAUPRO, thirds
 from benchmarks.training_speed import BACKBONES, rival, use_hub
 from stpm_plugin import STPM, DemoData
-from stpm_plugin.demo.demo_data import scene
 
 DRAWN = {"train_images": 80, "test_images": 16, "image_side": 2048, "defect_pixels": (6, 40)}
 OWN: dict[str, Any] = {"image_size": None, "batch_size": 1}
 HALF = {"epochs": 4, "steps": (300, 700)}
 RIVALS = ("PatchCore", "Stfpm")
-IMAGES, SIZE = 6, (4000, 3000)  # of `score`: their number, width and height
-MEASURED = (  # runs a command, and prints the most memory that it took, KiB
-    "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
-    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-)
 EXTENTS = list(itertools.pairwise((0, 10, 16, 25, 60)))  # pixels: drawn defects of a range are counted together
 
 
@@ -75,7 +65,7 @@ class Case:
 
 def main() -> None:
     """Run what has no row, or tabulate."""
-    options = parser(__doc__, ["run", "score", "table"], "--seed")
+    options = parser(__doc__, ["run", "table"], "--seed")
     options.add_argument("data", nargs="*", help="folders in MVTec AD's layout, or drawn")
     options.add_argument("--teacher", default="lite0", help="weights of the backbone: a file, or lite0")
     options.add_argument("--backbone", choices=BACKBONES, default="resnet18")
@@ -89,9 +79,6 @@ def main() -> None:
         for key, pair in missing(file, wanted):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
                 keep(file, key, alone.submit(measured, *pair, args).result() | here)
-    elif args.part == "score":
-        for key, row in scoring(args):
-            keep(file, key, row | here)
     kept = rows(file)
     file.with_suffix(".md").write_text(text := table(kept))
     draw(kept).savefig(file.with_suffix(".png"), dpi=120)
@@ -126,12 +113,27 @@ def measured(name: str, size: str, args: argparse.Namespace) -> Row:
     if name != "drawn":
         fields = {"fields": ["anomaly_map", "gt_mask"]}
         metrics |= {"pixel_AUPRO": AUPRO(**fields), "small_AUPRO": SizedAUPRO(**fields, high=thirds(Path(name))[0])}
+    truth = data_of(name, args.work).test_data  # of its own: a model's datamodule resizes masks too
+    most = 2 if isinstance(model, STPM) else 1000  # beyond all scores: metrics want numbers from 0 to 1
     times: list[float] = []
     scores: list[tuple[int, float]] = []  # extent of the defect, pixels, 0 of a good image; and its image score
+
+    def cases() -> Iterator[Case]:
+        size = truth[0].gt_mask.shape[-2:]  # metrics take one
+        for image, item in zip(data.test_data, truth, strict=True):
+            begin = time.perf_counter()
+            found = model.model(model.pre_processor.transform(image.image[None].to(model.device)))
+            score, anomaly_map = found.pred_score.reshape(1).cpu() / most, found.anomaly_map.cpu() / most
+            times.append(time.perf_counter() - begin)
+            where = item.gt_mask.squeeze().nonzero()
+            extent = int((where.amax(0) - where.amin(0)).max()) + 1 if len(where) else 0
+            scores.append((extent, round(float(score), 7)))
+            resized = F.interpolate(anomaly_map, size, mode="bilinear")[:, 0]
+            mask = F.interpolate(item.gt_mask.reshape(1, 1, *item.gt_mask.shape[-2:]).float(), size)[:, 0] > 0
+            yield Case(score, resized, item.gt_label.reshape(1), mask)
+
     with torch.inference_mode():
-        truth = data_of(name, args.work)  # of its own: a model's datamodule resizes masks too
-        row |= judged(cases(model, data, truth, times, scores), metrics)
-    row |= {"scores": scores} if name == "drawn" else {}
+        row |= judged(cases(), metrics) | ({"scores": scores} if name == "drawn" else {})
     return row | {"seconds_an_image": round(float(np.median(times)), 3)}
 
 
@@ -150,65 +152,12 @@ def prepared(size: str, args: argparse.Namespace, folder: Path) -> tuple[Anomali
     return model, {}
 
 
-def cases(
-    model: AnomalibModule,
-    data: AnomalibDataModule,
-    truth: AnomalibDataModule,
-    times: list[float],
-    scores: list[tuple[int, float]],
-) -> Iterator[Case]:
-    """Yield each test image's scores and masks; the seconds and the extents with scores go to the lists."""
-    size: torch.Size | None = None
-    most = 2 if isinstance(model, STPM) else 1000  # beyond all: metrics want numbers from 0 to 1
-    for image, item in zip(data.test_data, truth.test_data, strict=True):
-        begin = time.perf_counter()
-        found = model.model(model.pre_processor.transform(image.image[None].to(model.device)))
-        score, anomaly_map = found.pred_score.reshape(1).cpu() / most, found.anomaly_map.cpu() / most
-        times.append(time.perf_counter() - begin)
-        mask = torch.zeros(anomaly_map.shape[-2:]) if item.gt_mask is None else item.gt_mask.squeeze()
-        where = mask.nonzero()
-        extent = int((where.amax(0) - where.amin(0)).max()) + 1 if len(where) else 0
-        scores.append((extent, round(float(score), 7)))
-        size = size or mask.shape  # the first one's: metrics take one
-        resized = F.interpolate(anomaly_map, size, mode="bilinear")[:, 0]
-        masks = F.interpolate(mask[None, None].float(), size)[:, 0] > 0
-        yield Case(score, resized, item.gt_label.reshape(1), masks)
-
-
 def judged(seen: Iterable[Case], metrics: dict[str, AnomalibMetric]) -> Row:
     """Compute metrics, one image at a time."""
     for case in seen:
         for metric in metrics.values():
             metric.update(case)
     return {name: round(float(metric.compute()), 4) for name, metric in metrics.items()}
-
-
-def scoring(args: argparse.Namespace) -> Iterator[tuple[str, Row]]:
-    """Time `stpm score` on images of 12 megapixels; the weights do not matter, so they are of a few steps."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "images").mkdir()
-        for seed in range(IMAGES):
-            pixels = scene(np.random.default_rng(seed))[0]
-            Image.fromarray(pixels).resize(SIZE).save(folder / f"images/{seed}.png", compress_level=1)
-        data = DemoData(root=folder, train_images=12, test_images=1, num_workers=0)
-        model = STPM(backbone=BACKBONES[args.backbone], teacher_weights=args.teacher, seed=0, **OWN | {"steps": (4, 4)})
-        fit(model, data, folder)
-        float32 = model.to_openvino(folder)
-        int8 = model.to_openvino(folder, compression_type="int8_ptq", datamodule=data)
-        for kind, file, precision in (
-            ("float32", float32, "f32"),
-            ("INT8", int8, "f32"),
-            ("bfloat16", float32, "bf16"),
-        ):
-            table = folder / f"{kind}.csv"
-            options = ["--csv", str(table), "--precision", precision, "--hint", "latency"]
-            command = [sys.executable, "-c", MEASURED, "stpm", "score", str(file), str(folder / "images"), *options]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            times = [float(row["latency_ms"]) / 1000 for row in csv.DictReader(table.read_text().splitlines())]
-            row = {"GiB": round(int(done.stdout.split()[-1]) / 2**20, 2), "n": len(times)}
-            row |= {"seconds_an_image": round(np.mean(times), 2), "deviation": round(np.std(times, ddof=1), 2)}
-            yield f"{args.backbone}, 12 megapixels, {kind}", row
 
 
 def by_extent(scores: list[tuple[int, float]]) -> list[tuple[float, int]]:

@@ -21,7 +21,6 @@ import matplotlib.pyplot as plt
 import torch
 from anomalib import models
 from anomalib.data import MVTecAD
-from anomalib.engine import Engine
 from anomalib.models import AnomalibModule, Padim, Patchcore
 from PIL import Image
 
@@ -63,20 +62,20 @@ def predict(kind: type[AnomalibModule], checkpoint: Path, category: Path) -> lis
     if kind is not STPM:
         arguments["strict"] = False  # the benchmark's metrics, which are in the checkpoint, are not this model's
     model = kind.load_from_checkpoint(checkpoint, map_location="cpu", **arguments)
-    data = MVTecAD(root=category.resolve().parent, category=category.name, num_workers=0)
-    engine = Engine(logger=False, enable_progress_bar=False, default_root_dir=checkpoint.parent / "predictions")
+    data = MVTecAD(root=category.resolve().parent, category=category.name)
     data.setup()
-    cases = []
-    for batch in engine.predict(model, dataloaders=data.test_dataloader()):
-        columns = {
-            "path": batch.image_path,
-            "score": batch.pred_score.flatten().tolist(),
-            "map": batch.anomaly_map.squeeze(1).float() if batch.anomaly_map.ndim == 4 else batch.anomaly_map.float(),
-            "mask": batch.gt_mask,
-            "bad": batch.gt_label.tolist(),
-        }
-        cases += [dict(zip(columns, case, strict=True)) for case in zip(*columns.values(), strict=True)]
-    return cases
+    with torch.inference_mode():
+        found = ((item, model.eval()(item.image[None])) for item in data.test_data)
+        return [
+            {
+                "path": item.image_path,
+                "score": float(made.pred_score),
+                "map": made.anomaly_map.squeeze().float(),
+                "mask": item.gt_mask,
+                "bad": bool(item.gt_label),
+            }
+            for item, made in found
+        ]
 
 
 def draw(found: dict[str, list[Row]]) -> plt.Figure:

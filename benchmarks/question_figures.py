@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from math import nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 from benchmarks.environment import METRICS, Row, grouped, markdown, spread
 from benchmarks.questions import EDGES, GROUPS, LAYERS, SHARES, SUBSETS, TEACHERS, THIRDS
@@ -129,19 +129,14 @@ def match(rows: list[Row]) -> plt.Figure:
 
 def compared(rows: list[Row], key: str, names: dict[Any, str]) -> plt.Figure:
     """A cluster of bars for each value of ``key``, one for each category; axes are cut below the lowest."""
-    groups = sorted(grouped(rows, "category").items())
-    names = {value: name for value, name in names.items() if any(row[key] == value for row in rows)}
+    frame = pd.DataFrame([row["metrics"] | {key: names[row[key]], "category": row["category"]} for row in rows])
     figure, axes = plt.subplots(2, 3, figsize=(12, 5.6))
     for axis, (metric, title) in zip(axes.flat, ALL.items(), strict=True):
-        lowest = 1.0
-        for place, ((category,), part) in enumerate(groups):
-            found = {row[key]: row["metrics"].get(metric, nan) for row in part}
-            at = np.arange(len(names)) + 0.8 * (place + 0.5) / len(groups) - 0.4
-            axis.bar(at, [found.get(value, nan) for value in names], 0.75 / len(groups), label=category)
-            lowest = np.nanmin([lowest, *found.values()])
-        axis.set_xticks(range(len(names)), names.values())
-        axis.set(title=title, ylim=(max(0, lowest - 0.05), 1))
+        bars = frame.pivot(index=key, columns="category", values=metric)
+        bars = bars.loc[[name for name in names.values() if name in bars.index]]
+        bars.plot.bar(ax=axis, title=title, xlabel="", ylim=(max(0, bars.min(None) - 0.05), 1), width=0.75, rot=0)
         axis.grid(axis="x", visible=False)
+        axis.get_legend().remove()
     figure.supxlabel(key)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return figure

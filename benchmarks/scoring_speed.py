@@ -6,7 +6,8 @@
 
 Rows are kept in `results/scoring.json`, beside those of other measurements of scores, whose tables are
 `results/scoring.md`. Images are test images of a folder in MVTec AD's layout. Each way runs in a process of its own;
-one image is scored first, and its time, which has the start in it, is taken off that of all.
+one image is scored first, and its time, which has the start in it, is taken off that of all. Models for images at
+their own size (`stpm train --recipe native`) are timed in the same way; `--results` keeps their rows apart.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from stpm_plugin.deployment.images import decode, images_below
 SIDES = {"1 MP": (1024, 24), "4 MP": (2048, 16), "12 MP": (3464, 10)}  # pixels along a side, images
 ROUNDS = 3
 TIMED = """
-import pathlib, sys, tempfile, time
+import pathlib, resource, sys, tempfile, time
 from stpm_plugin.commands.entry import main
 model, folder, *options = sys.argv[1:]
 files = sorted(str(file) for file in pathlib.Path(folder).iterdir())
@@ -50,6 +51,7 @@ def seconds(images):
 seconds(files[:1])
 for several, one in zip(seconds(files), seconds(files[:1])):
     print(1000 * (several - one) / (len(files) - 1))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 INFER = "import sys; from anomalib.deploy import OpenVINOInferencer as I; I(sys.argv[1]).predict(sys.argv[2])"
 
@@ -98,11 +100,13 @@ def files(model: str, originals: list[str]) -> dict[str, Row]:
                 for number, path in enumerate(taken):
                     cv2.imwrite(f"{folder}/{number}.{kind}", photograph(path, side), quality)
                 spent: dict[str, list[list[float]]] = defaultdict(list)  # of each round, by the clock and of the cores
+                peaks: dict[str, float] = {}
                 for _ in range(ROUNDS):
                     for way, options in ways.items():
-                        said = python("-c", TIMED, model, folder, *options).split()
-                        spent[way].append([round(float(milliseconds), 1) for milliseconds in said[-2:]])
-            found[f"files, {name}, {kind}"] = {"milliseconds": spent, "images": len(taken) - 1}
+                        said = python("-c", TIMED, model, folder, *options).split()[-3:]
+                        *milliseconds, peaks[way] = (round(float(figure), 1) for figure in said)
+                        spent[way].append(milliseconds)
+            found[f"files, {name}, {kind}"] = {"milliseconds": spent, "images": len(taken) - 1, "peak_mib": peaks}
     return found
 
 
