@@ -45,9 +45,7 @@ def environment(command: str) -> Row:
         "date": time.strftime("%Y-%m-%d"),
         "command": command,
         "versions": {name: version(name) for name in ("anomalib", "torch", "torchvision", "timm", "lightning")},
-        "machine": " ".join(
-            [platform.machine(), f"{torch.get_num_threads()} threads", torch.backends.cpu.get_cpu_capability()]
-        ),
+        "machine": f"{platform.machine()} {torch.get_num_threads()} threads {torch.backends.cpu.get_cpu_capability()}",
         "processor": processor(),
         **({"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }

@@ -4,12 +4,12 @@
     python -m benchmarks.large_images run DIR/grid DIR/bottle --teacher FILE --sizes 256 own
     python -m benchmarks.large_images table
 
-A size is that to which images are resized, or `own`; `half` has half the steps, `own-160` crops of 160 pixels.
-`PatchCore-512` and `Stfpm-512` are anomalib's at that size, the latter with tiles of 256 that overlap by half. Each fit
-is a process of its own, by anomalib's Engine, alone on the machine; rows are written as they come to
+A size is that to which images are resized, or `own`; `own-160` has crops of 160 pixels. Each fit is a process of its
+own, by anomalib's Engine, alone on the machine; rows are written as they come to
 `results/large_images.json`, and what has a row is not run again. Maps are compared with masks at the masks' size.
 Recipes are the plugin's; at their own size `configs/native.yaml`'s, but for the hold-out, which is the others'. Rows of
-12 megapixels are by the command as of commit 951a4ce; `scoring_speed.py` times files of that size.
+12 megapixels, of half the steps, and of anomalib's PatchCore and Stfpm are by the command as of commit 951a4ce;
+`inference_speed.py` times files of 12 megapixels.
 """
 
 from __future__ import annotations
@@ -22,45 +22,27 @@ import re
 import resource
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data import AnomalibDataModule, MVTecAD
 from anomalib.metrics import AUPRO, AUROC, AnomalibMetric
-from anomalib.models import AnomalibModule
-from lightning import seed_everything
 from matplotlib.figure import Figure
 from scipy.stats import mannwhitneyu
-from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.environment import Row, environment, fit, grouped, keep, markdown, missing, parser, rows, spread
 from benchmarks.questions import SizedAUPRO, thirds
-from benchmarks.training_speed import BACKBONES, rival, use_hub
+from benchmarks.training_speed import BACKBONES
 from stpm_plugin import STPM, DemoData
 
 DRAWN = {"train_images": 80, "test_images": 16, "image_side": 2048, "defect_pixels": (6, 40)}
-OWN: dict[str, Any] = {"image_size": None, "batch_size": 1}
-HALF = {"epochs": 4, "steps": (300, 700)}
-RIVALS = ("PatchCore", "Stfpm")
+OWN: Row = {"image_size": None, "batch_size": 1}
 EXTENTS = list(itertools.pairwise((0, 10, 16, 25, 60)))  # pixels: drawn defects of a range are counted together
-
-
-@dataclass
-class Case:
-    """An image's score (1,), map (1, H, W), label (1,) and mask (1, H, W), as a metric reads them."""
-
-    pred_score: Tensor | None = None
-    anomaly_map: Tensor | None = None
-    gt_label: Tensor | None = None
-    gt_mask: Tensor | None = None
-    image: Tensor | None = None
 
 
 def main() -> None:
@@ -99,65 +81,40 @@ def data_of(name: str, work: Path) -> AnomalibDataModule:
 
 def measured(name: str, size: str, args: argparse.Namespace) -> Row:
     """Fit once, and score the test images."""
-    if size.startswith(RIVALS):  # which do not fit without a validation set
-        data = MVTecAD(root=Path(name).resolve().parent, category=Path(name).name, num_workers=1)
-    else:
-        data = data_of(name, args.work)
+    data, (kind, _, crop) = data_of(name, args.work), size.partition("-")
+    settings: Row = OWN if kind == "own" else {"image_size": (int(size), int(size))}
+    settings = settings | {"crop_size": int(crop)} if crop else {}
+    model = STPM(backbone=BACKBONES[args.backbone], teacher_weights=args.teacher, seed=args.seed, **settings)
     with tempfile.TemporaryDirectory() as folder:
-        model, options = prepared(size, args, Path(folder))
-        engine, seconds = fit(model, data, folder, limit_val_batches=1, **options)
+        engine, seconds = fit(model, data, folder, limit_val_batches=1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     row = {"seconds": round(seconds, 1), "GiB": round(peak, 2), "steps": engine.trainer.global_step}
-    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     metrics: dict[str, AnomalibMetric] = {"image_AUROC": AUROC(fields=["pred_score", "gt_label"])}
     if name != "drawn":
         fields = {"fields": ["anomaly_map", "gt_mask"]}
         metrics |= {"pixel_AUPRO": AUPRO(**fields), "small_AUPRO": SizedAUPRO(**fields, high=thirds(Path(name))[0])}
     truth = data_of(name, args.work).test_data  # of its own: a model's datamodule resizes masks too
-    most = 2 if isinstance(model, STPM) else 1000  # beyond all scores: metrics want numbers from 0 to 1
+    shape = truth[0].gt_mask.shape[-2:]  # metrics take one
     times: list[float] = []
     scores: list[tuple[int, float]] = []  # extent of the defect, pixels, 0 of a good image; and its image score
-
-    def cases() -> Iterator[Case]:
-        size = truth[0].gt_mask.shape[-2:]  # metrics take one
-        for image, item in zip(data.test_data, truth, strict=True):
-            begin = time.perf_counter()
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    for image, item in zip(data.test_data, truth, strict=True):
+        begin = time.perf_counter()
+        with torch.inference_mode():
             found = model.model(model.pre_processor.transform(image.image[None].to(model.device)))
-            score, anomaly_map = found.pred_score.reshape(1).cpu() / most, found.anomaly_map.cpu() / most
-            times.append(time.perf_counter() - begin)
-            where = item.gt_mask.squeeze().nonzero()
-            extent = int((where.amax(0) - where.amin(0)).max()) + 1 if len(where) else 0
-            scores.append((extent, round(float(score), 7)))
-            resized = F.interpolate(anomaly_map, size, mode="bilinear")[:, 0]
-            mask = F.interpolate(item.gt_mask.reshape(1, 1, *item.gt_mask.shape[-2:]).float(), size)[:, 0] > 0
-            yield Case(score, resized, item.gt_label.reshape(1), mask)
-
-    with torch.inference_mode():
-        row |= judged(cases(), metrics) | ({"scores": scores} if name == "drawn" else {})
-    return row | {"seconds_an_image": round(float(np.median(times)), 3)}
-
-
-def prepared(size: str, args: argparse.Namespace, folder: Path) -> tuple[AnomalibModule, dict[str, Any]]:
-    """Return a model and its Engine's options."""
-    kind, _, number = size.partition("-")
-    if kind in RIVALS:
-        use_hub(Path(args.teacher), folder)
-        seed_everything(args.seed)
-        tiles = TilerConfigurationCallback(enable=True, tile_size=256, stride=128)
-        options = {"callbacks": [tiles], "max_epochs": 100} if kind == "Stfpm" else {}
-        return rival(f"anomalib {kind}", int(number)), options
-    settings: dict[str, Any] = {"own": OWN, "half": OWN | HALF}.get(kind) or {"image_size": (int(size), int(size))}
-    cropped = {"crop_size": int(number)} if number else {}
-    model = STPM(backbone=BACKBONES[args.backbone], teacher_weights=args.teacher, seed=args.seed, **settings, **cropped)
-    return model, {}
-
-
-def judged(seen: Iterable[Case], metrics: dict[str, AnomalibMetric]) -> Row:
-    """Compute metrics, one image at a time."""
-    for case in seen:
+        score, anomaly_map = found.pred_score.reshape(1).cpu() / 2, found.anomaly_map.cpu() / 2  # metrics want [0, 1]
+        times.append(time.perf_counter() - begin)
+        where = item.gt_mask.squeeze().nonzero()
+        extent = int((where.amax(0) - where.amin(0)).max()) + 1 if len(where) else 0
+        scores.append((extent, round(float(score), 7)))
+        mask = F.interpolate(item.gt_mask.reshape(1, 1, *item.gt_mask.shape[-2:]).float(), shape)[:, 0] > 0
+        resized = F.interpolate(anomaly_map, shape, mode="bilinear")[:, 0]
+        seen = {"anomaly_map": resized, "gt_mask": mask, "pred_score": score, "gt_label": item.gt_label.reshape(1)}
         for metric in metrics.values():
-            metric.update(case)
-    return {name: round(float(metric.compute()), 4) for name, metric in metrics.items()}
+            metric.update(SimpleNamespace(image=None, **seen))
+    row |= {name: round(float(metric.compute()), 4) for name, metric in metrics.items()}
+    row |= {"scores": scores} if name == "drawn" else {}
+    return row | {"seconds_an_image": round(float(np.median(times)), 3)}
 
 
 def by_extent(scores: list[tuple[int, float]]) -> list[tuple[float, int]]:

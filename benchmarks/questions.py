@@ -6,9 +6,9 @@
 Questions are `match` (does a student match?), `scales` (do several levels help?), `teachers` (what does a teacher
 carry?) and `fewshot` (how many images are enough?). Data are folders in MVTec AD's layout. Each run is the real
 `anomalib train` in a fresh process; rows are written as they come to `results/questions.json`, and what has a row is
-not run again. `teachers` looks for more teachers, weights of a ResNet-18, in `--teachers DIR`, named after what they
-were trained on (`mnist.safetensors`). The rows that are kept are of the defaults of their date: power -1/4 and the
-finest level at full weight.
+not run again. `teachers` takes more teachers, weights of a ResNet-18, by `--teachers FILE`, named after what they were
+trained on (`mnist.safetensors`). The rows that are kept are of the defaults of their date: power -1/4 and the finest
+level at full weight.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import torch
 from anomalib.metrics import AUPRO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from safetensors import safe_open
 from safetensors.torch import save_file
 from skimage.measure import label
 from torch import Tensor
@@ -130,36 +129,35 @@ def main() -> None:
     """Run what a question still lacks, then tabulate and draw all that is kept."""
     options = parser(__doc__, [*QUESTIONS, "all", "figures"], "--teacher")
     options.add_argument("--data", nargs="*", type=Path, default=[], help="folders in MVTec AD's layout")
-    options.add_argument("--teachers", type=Path, default=Path("teachers"), help="folder of other teachers' weights")
-    options.add_argument("--names", nargs="+", default=list(TEACHERS), help="of the teachers")
+    options.add_argument("--teachers", nargs="*", type=Path, default=[], help="files of other teachers' weights")
     options.add_argument("--passes", type=int, default=PASSES, help="over all images; another number for a trial")
     options.add_argument("--size", type=int, default=256, help="of the images, pixels")
     args = options.parse_args()
     file = args.results / "questions.json"
-    with tempfile.TemporaryDirectory() as folder:
-        for question in {"all": QUESTIONS, "figures": ()}.get(args.part, (args.part,)):
-            answer(question, args, file, Path(folder))
+    chosen = {"all": QUESTIONS, "figures": ()}.get(args.part, (args.part,))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        weights = {"cifar10": CIFAR10, "random": folder / "random.safetensors"}
+        weights |= {path.stem: path for path in args.teachers} | ({"imagenet": args.teacher} if args.teacher else {})
+        torch.manual_seed(0)
+        save_file(FeaturePyramid("resnet18", LAYERS).net.state_dict(), weights["random"])
+        for question in chosen:
+            for job in jobs(question, args, [*weights]):
+                key, begin = name_of(job), time.time()
+                if "metrics" in rows(file).get(key, {}):
+                    continue
+                row = train(settings(job, args, folder), weights[job["teacher"]].resolve(), folder)
+                if question == "match":
+                    row["looks"] = json.loads((folder / "distances.json").read_text())
+                del job["data"]  # a path of this machine
+                row |= {
+                    "seconds": round(time.time() - begin),
+                    **environment(f"python -m benchmarks.questions {question}"),
+                }
+                keep(file, key, {"question": question, **job, **row})
     from benchmarks.question_figures import draw
 
     draw(rows(file), args.results)
-
-
-def answer(question: str, args: argparse.Namespace, file: Path, folder: Path) -> None:
-    """Run what the question lacks."""
-    for job in jobs(question, args):
-        key, kept = name_of(job), {"question": question, **job}
-        source, weights = kept.pop("data"), teacher(job["teacher"], args, folder)  # paths of this machine
-        if "metrics" in rows(file).get(key, {}):
-            continue
-        if not weights.exists():  # it may be there next time
-            keep(file, key, kept | {"why": f"no {weights.name} in --teachers"})
-            continue
-        begin = time.time()
-        row = train(settings(job, source, args, folder), weights.resolve(), folder)
-        if question == "match":
-            row["looks"] = json.loads((folder / "distances.json").read_text())
-        row |= {"teacher_accuracy": accuracy_of(job["teacher"], weights), "seconds": round(time.time() - begin)}
-        keep(file, key, kept | row | environment(f"python -m benchmarks.questions {question}"))
 
 
 def name_of(job: Row) -> str:
@@ -169,19 +167,19 @@ def name_of(job: Row) -> str:
     return ", ".join(words) + (", distances" if job.get("distances") else "")
 
 
-def jobs(question: str, args: argparse.Namespace) -> Iterator[Row]:
+def jobs(question: str, args: argparse.Namespace, teachers: list[str]) -> Iterator[Row]:
     """Yield a question's runs."""
     for path in args.data:
         base = {"model": "STPM", "data": path.resolve(), "category": path.name, "seed": 0, "share": 100}
-        base |= {"passes": args.passes, "layers": LAYERS, "teacher": "imagenet" if args.teacher else "cifar10"}
-        base["size"] = args.size
+        base |= {"teacher": "imagenet" if args.teacher else "cifar10", "size": args.size}
+        base |= {"passes": args.passes, "layers": LAYERS}
         if question == "match":
             yield base | {"distances": True}
             yield base | {"distances": True, "model": "STPM, paper", "passes": round(args.passes * 100 / PASSES)}
         elif question == "scales":
             yield from (base | {"layers": layers} for layers in SUBSETS)
         elif question == "teachers":
-            yield from (base | {"teacher": name} for name in args.names if name != "imagenet" or args.teacher)
+            yield from (base | {"teacher": name} for name in teachers)
         else:
             for share, seed in ((share, seed) for share, seeds in SHARES.items() for seed in range(seeds)):
                 part = base | {"share": share, "seed": seed}
@@ -190,28 +188,10 @@ def jobs(question: str, args: argparse.Namespace) -> Iterator[Row]:
                 yield from (part | {"model": f"anomalib {name}", "passes": 1} for name in ("PaDiM", "PatchCore"))
 
 
-def teacher(name: str, args: argparse.Namespace, folder: Path) -> Path:
-    """Where a teacher's weights are, or would be."""
-    if name == "random":
-        torch.manual_seed(0)
-        save_file(FeaturePyramid("resnet18", LAYERS).net.state_dict(), folder / "random.safetensors")
-        return folder / "random.safetensors"
-    return {"imagenet": args.teacher, "cifar10": CIFAR10}.get(name, args.teachers / f"{name}.safetensors")
-
-
-def accuracy_of(name: str, weights: Path) -> float | None:
-    """Share of its own test images that a teacher classifies right; ``None`` where nobody measured it."""
-    if name == "imagenet":
-        return 0.6976  # quoted: torchvision's resnet18, IMAGENET1K_V1, of the 50,000 validation images
-    with safe_open(weights, "pt") as file:
-        accuracy = (file.metadata() or {}).get("test_accuracy")
-    return float(accuracy) if accuracy else None
-
-
-def settings(job: Row, source: Path, args: argparse.Namespace, folder: Path) -> Row:
+def settings(job: Row, args: argparse.Namespace, folder: Path) -> Row:
     """Say a run in the words of :func:`benchmarks.training_speed.train`."""
     run = {name: job[name] for name in ("model", "category", "seed", "size")} | {"epochs": job["passes"]}
-    run["root"], areas = str(subset(source, job["share"], job["seed"], folder)), thirds(source)
+    run["root"], areas = str(subset(job["data"], job["share"], job["seed"], folder)), thirds(job["data"])
     if job["model"].startswith("STPM"):
         run["arguments"] = {"layers": list(job["layers"])}
     common = {"fields": ["anomaly_map", "gt_mask"], "strict": False}
