@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,8 @@ def main() -> None:
     file = args.results / "accuracy.json"
     if args.part == "run":
         wanted = dict(missing(file, jobs(args)))
-        for key, row in spread_out(wanted, args) if args.ray else one_by_one(wanted, args):
+        here = ((key, run(key, job, args)) for key, job in wanted.items())
+        for key, row in spread_out(wanted, args) if args.ray else here:
             keep(file, key, row)
     table(rows(file), file)
 
@@ -85,22 +87,16 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, Row]]:
                 yield f"{name}, {category.name}, seed {seed}", job
 
 
-def run(job: Row, teacher: Path, checkpoint: Path | None = None) -> Row:
+def run(key: str, job: Row, args: argparse.Namespace) -> Row:
     """Train and test once, and keep the checkpoint if it is wanted."""
     with tempfile.TemporaryDirectory() as folder:
-        row = train(job, teacher, Path(folder))
-        if checkpoint:
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            next(Path(folder, "run").rglob("model.ckpt")).replace(checkpoint)
+        row = train(job, args.teacher.resolve(), Path(folder))
+        if args.checkpoints:
+            args.checkpoints.mkdir(parents=True, exist_ok=True)
+            target = args.checkpoints / f"{key.replace(', ', '-').replace(' ', '-')}.ckpt"
+            shutil.move(next(Path(folder, "run").rglob("model.ckpt")), target)
     kept = {name: value for name, value in job.items() if name != "root"}  # a path of this machine
     return kept | row | environment("python -m benchmarks.accuracy")
-
-
-def one_by_one(wanted: dict[str, Row], args: argparse.Namespace) -> Iterator[tuple[str, Row]]:
-    """Run here, one after the other."""
-    for key, job in wanted.items():
-        kept = args.checkpoints
-        yield key, run(job, args.teacher.resolve(), kept and kept / f"{key.replace(', ', '-').replace(' ', '-')}.ckpt")
 
 
 def spread_out(wanted: dict[str, Row], args: argparse.Namespace) -> Iterator[tuple[str, Row]]:
@@ -109,7 +105,7 @@ def spread_out(wanted: dict[str, Row], args: argparse.Namespace) -> Iterator[tup
 
     ray.init(args.ray, ignore_reinit_error=True)
     remote = ray.remote(run).options(num_cpus=2, max_retries=3, scheduling_strategy="SPREAD")
-    waiting = {remote.remote(job, args.teacher.resolve()): key for key, job in wanted.items()}
+    waiting = {remote.remote(key, job, args): key for key, job in wanted.items()}
     while waiting:
         (done,), _ = ray.wait(list(waiting))
         yield waiting.pop(done), ray.get(done)

@@ -30,10 +30,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def parser(doc: str | None, parts: Iterable[str], *options: str) -> argparse.ArgumentParser:
+def parser(doc: str | None, parts: list[str], *options: str) -> argparse.ArgumentParser:
     """A command line of a part to run, and of some of the common options."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("part", choices=list(parts))
+    if parts:
+        made.add_argument("part", choices=parts)
     for name in (*options, "--results"):
         made.add_argument(name, **OPTIONS[name])
     return made

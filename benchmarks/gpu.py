@@ -1,6 +1,6 @@
 """Fit and inference on a GPU: STPM by both recipes and both backbones, beside Stfpm, PaDiM and PatchCore.
 
-    python -m benchmarks.gpu run --root DIR --category bottle --teacher FILE
+    python -m benchmarks.gpu --root DIR --category bottle --teacher FILE
 
 Each model is fitted once through anomalib's Engine, after a fit of one pass that warms the GPU up; all have the same
 weights of torchvision's ResNet-18 but for lite0, and read the images in this process. Of Stfpm's hundred passes, each
@@ -48,7 +48,7 @@ PLAIN = {"evaluator": False, "visualizer": False}
 
 def main() -> None:
     """Fit each model, and time its network."""
-    options = parser(__doc__, ["run"], "--root", "--category", "--teacher")
+    options = parser(__doc__, [], "--root", "--category", "--teacher")
     options.add_argument("--only", nargs="+", choices=[*RECIPES, *PASSES], default=[*RECIPES, *PASSES])
     args = options.parse_args()
 

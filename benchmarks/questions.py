@@ -78,10 +78,7 @@ def regions(mask: Tensor) -> Iterator[tuple[Tensor, float]]:
 class Distances(Callback):
     """Keeps histograms of each level's distances over training, of training, held-out and test pixels.
 
-    Args:
-        path: JSON file to write.
-        passes: Numbers of passes after which to look.
-        most: Images of a group, spread evenly over it.
+    It looks after some ``passes``, at ``most`` images of a group, and writes a JSON file.
     """
 
     def __init__(self, path: str, passes: list[int], most: int = 40) -> None:

@@ -196,7 +196,7 @@ def main() -> None:
     if args.part == "run":
         os.environ.update(HF_HUB_OFFLINE="1", COLUMNS="400", TQDM_DISABLE="1")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        here = environment("python -m benchmarks.reliability")
+        here = environment("python -m benchmarks.reliability run")
         kept["environments"] = [*(one for one in kept["environments"] if one != here), here]
         with tempfile.TemporaryDirectory(prefix="reliability ") as name:
             root = Path(name)
