@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -77,14 +78,12 @@ def main() -> None:
 
 def jobs(args: argparse.Namespace) -> Iterator[tuple[str, Row]]:
     """Yield the name and the settings of each run; a seed's models follow each other."""
-    for category in args.categories:
-        for seed in args.seeds:
-            for model in args.models:
-                passes = args.passes or PASSES.get(model)
-                name = f"{model}, {passes} passes" if model == "anomalib Stfpm" else model
-                job = {"model": model, "name": name, "root": str(category.absolute().parent), "category": category.name}
-                job |= {"epochs": passes, "seed": seed, "arguments": LITE0 if model == "STPM, lite0" else {}}
-                yield f"{name}, {category.name}, seed {seed}", job
+    for category, seed, model in itertools.product(args.categories, args.seeds, args.models):
+        passes = args.passes or PASSES.get(model)
+        name = f"{model}, {passes} passes" if model == "anomalib Stfpm" else model
+        job = {"model": model, "name": name, "root": str(category.absolute().parent), "category": category.name}
+        job |= {"epochs": passes, "seed": seed, "arguments": LITE0 if model == "STPM, lite0" else {}}
+        yield f"{name}, {category.name}, seed {seed}", job
 
 
 def run(key: str, job: Row, args: argparse.Namespace) -> Row:

@@ -33,7 +33,7 @@ def draw(kept: dict[str, Row], results: Path) -> None:
     (results / "questions.md").write_text(table(kept, series))
     whole = [row for row in trained if row["model"] == "STPM" and row["share"] == 100 and row["seed"] == 0]
     levels = {levels: "+".join(name[-1] for name in levels) for levels in SUBSETS}
-    names = {name: name.replace("_", "\n") for name in TEACHERS}
+    names = {name: name.replace("_", "\n") for name in (*TEACHERS, *(row["teacher"] for row in whole))}
     for question, found, figure in [
         ("match", [row for row in kept.values() if row.get("distances")], match),
         ("scales", [row for row in whole if row in plain], lambda rows: compared(rows, "layers", levels)),

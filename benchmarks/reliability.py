@@ -192,7 +192,7 @@ def main() -> None:
     options.add_argument("names", nargs="*", help="words in faults' names; by default all")
     args = options.parse_args()
     file = args.results / "reliability.json"
-    kept = rows(file)
+    kept = rows(file) or {"faults": {}, "images": {}, "environments": []}
     if args.part == "run":
         os.environ.update(HF_HUB_OFFLINE="1", COLUMNS="400", TQDM_DISABLE="1")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
