@@ -1,131 +1,108 @@
-"""Latency, throughput, size and accuracy of STPM and others in OpenVINO.
+"""Time of STPM and others in OpenVINO, of the networks alone and from files to scores.
 
-    python -m benchmarks.inference_speed light    --root DIR --work WORK --teacher FILE  # time in turns, network only
-    python -m benchmarks.inference_speed accuracy --root DIR --work WORK --teacher FILE  # on the official test split
+    python -m benchmarks.inference_speed light --root DIR --work WORK --teacher FILE     # networks alone, in turns
+    python -m benchmarks.inference_speed files    --model MODEL.xml --images DIR/screw   # PNG and JPEG, 1 to 12 MP
+    python -m benchmarks.inference_speed start-up --model MODEL.xml --images DIR/screw   # to the first score
     python -m benchmarks.inference_speed table                                           # from what is kept
 
-DIR is MVTec AD's folder, FILE weights of torchvision's ResNet-18. WORK keeps the trained and exported models: what is
-there is not trained again; `--passes 1` is enough for times. Rows are kept in `results/inference_speed.json`; some are
-of variants and of measurements that were made once. Start-up and files: `scoring_speed.py`.
+`light`: DIR is MVTec AD's folder, FILE weights of torchvision's ResNet-18. WORK keeps the trained and exported models:
+what is there is not trained again; `--passes 1` is enough for times. `files` and `start-up`: `stpm score` beside
+anomalib's OpenVINOInferencer in a loop, in turns, each in a process of its own; images are test images of a folder in
+MVTec AD's layout. Models for images at their own size (`stpm train --recipe native`) are timed in the same way;
+`--results` keeps their rows apart.
+
+Rows are kept in `results/inference_speed.json` and `results/scoring.json`, beside those of measurements that were made
+once. Images a second: OpenVINO's `benchmark_app -m MODEL.xml -hint throughput`; accuracy of an export: `stpm verify`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, median, stdev
-from types import SimpleNamespace
-from typing import Any
 
+import cv2
 import numpy as np
 import openvino as ov
-import torch
 from anomalib.data import MVTecAD
-from anomalib.engine import Engine
-from anomalib.metrics import AUPRO, AUROC
-from anomalib.models import Padim, Patchcore, Stfpm
 from rich.progress import track
 from torch.nn import functional as F
 
-from benchmarks.environment import environment, keep, markdown, rows
-from benchmarks.training_speed import BACKBONES, use_hub
+from benchmarks.environment import Row, environment, fit, keep, markdown, parser, rows, spread, summary
+from benchmarks.training_speed import BACKBONES, rival, use_hub
 from stpm_plugin import STPM
+from stpm_plugin.deployment.images import decode, images_below
 
-RESULT = Path(__file__).parent / "results" / "inference_speed.json"
 SIZE = (256, 256)
 ROUNDS, TIMED = 5, 40  # calls of a variant in a round, after a fifth as many untimed
-STUDENTS = {  # exported file, precision of what is not INT8
-    "float32": ("float32", "f32"),
-    "bfloat16": ("float32", "bf16"),
-    "INT8": ("INT8", "f32"),
-    "INT8, rest bfloat16": ("INT8", "bf16"),
-}
-OTHERS = {  # passes of Stfpm's 100 for a time; a tenth of PatchCore's usual coreset
-    "stfpm": (Stfpm, {}, 2),
-    "padim": (Padim, {"backbone": "resnet18", "layers": ["layer1", "layer2", "layer3"]}, 1),
-    "patchcore": (Patchcore, {"backbone": "resnet18", "coreset_sampling_ratio": 0.01}, 1),
-}
-METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
+RIVALS = {"padim": "anomalib PaDiM", "patchcore": "anomalib PatchCore"}
+SIDES = {"1 MP": (1024, 24), "4 MP": (2048, 16), "12 MP": (3464, 10)}  # pixels along a side, images
+TURNS = 3  # of scoring files
+SCORE = """
+import pathlib, resource, sys, tempfile, time
+from stpm_plugin.commands.entry import main
+model, folder, *options = sys.argv[1:]
+files = sorted(str(file) for file in pathlib.Path(folder).iterdir())
+def score(images):
+    with tempfile.TemporaryDirectory() as place:
+        if main(["score", model, *images, "--csv", f"{place}/scores.csv", *options]):
+            raise SystemExit(1)
+def loop(images):
+    for image in images:
+        inferencer.predict(image)
+if options == ["loop"]:
+    from anomalib.deploy import OpenVINOInferencer
+    inferencer, score = OpenVINOInferencer(model, config={"INFERENCE_PRECISION_HINT": "f32"}), loop
+def seconds(images):
+    wall, cpu = time.perf_counter(), time.process_time()
+    score(images)
+    return time.perf_counter() - wall, time.process_time() - cpu
+seconds(files[:1])
+for several, one in zip(seconds(files), seconds(files[:1])):
+    print(1000 * (several - one) / (len(files) - 1))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+INFER = "import sys; from anomalib.deploy import OpenVINOInferencer as I; I(sys.argv[1]).predict(sys.argv[2])"
 
 
 def main() -> None:
     """Run one part, then tabulate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["light", "accuracy", "table"])
-    parser.add_argument("--root", type=Path, help="MVTec AD's folder")
-    parser.add_argument("--category", default="bottle")
-    parser.add_argument("--work", type=Path, help="folder of the trained and exported models")
-    parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
-    parser.add_argument("--passes", type=int, help="of STPM; by default those of its recipe")
-    parser.add_argument("--results", type=Path, default=RESULT, help="file of what is kept")
-    args = parser.parse_args()
-    if args.part != "table":
-        data = MVTecAD(root=args.root, category=args.category, num_workers=0, train_batch_size=8, eval_batch_size=8)
-        row = {"category": args.category, "passes": args.passes}
-        if args.part == "light":
-            key, row = "light", row | timed(variants(exported(args, data, SIZE)), data)
-        else:
-            key, row = f"accuracy, {args.category}", row | accuracy(variants(exported(args, data, None)), data)
-        where = environment(f"python -m benchmarks.inference_speed {args.part}")
-        keep(args.results, key, row | {"openvino": ov.__version__.split("-")[0]} | where)
-    print(table(rows(args.results)))
+    options = parser(__doc__, ["light", "files", "start-up", "table"], "--root", "--category", "--teacher")
+    options.add_argument("--work", type=Path, help="folder of the trained and exported models")
+    options.add_argument("--passes", type=int, help="of STPM; by default those of its recipe")
+    options.add_argument("--model", type=Path, help="exported model")
+    options.add_argument("--images", type=Path, help="folder in MVTec AD's layout")
+    args = options.parse_args()
+    networks, scores = args.results / "inference_speed.json", args.results / "scoring.json"
+    where = {"openvino": ov.__version__.split("-")[0], "opencv": cv2.__version__}
+    where |= environment(f"python -m benchmarks.inference_speed {args.part}")
+    if args.part == "light":
+        keep(networks, "light", light(args) | where)
+    elif args.part != "table":
+        originals = images_below(args.images.resolve() / "test")
+        measured = (files if args.part == "files" else start_up)(str(args.model.resolve()), originals)
+        for key, row in measured.items():
+            keep(scores, key, row | where)
+    print(network_table(rows(networks)), score_table(rows(scores)), sep="\n")
 
 
-def exported(args: argparse.Namespace, data: MVTecAD, size: tuple[int, int] | None) -> dict[str, Path]:
-    """Train and export what WORK lacks; STPM for images of a size, or of any. Returns the files by their names."""
-    use_hub(args.teacher, args.work)
-    files: dict[str, Path] = {}
-    for name, backbone in BACKBONES.items():
-        folder = args.work / args.category / name
-        checkpoint = folder / "model.ckpt"
-        if not checkpoint.exists():
-            weights = str(args.teacher) if name == "resnet18" else name
-            length = {"epochs": args.passes, "steps": None} if args.passes else {}
-            student = STPM(backbone=backbone, teacher_weights=weights, seed=0, visualizer=False, **length)
-            engine = Engine(accelerator="cpu", logger=False, default_root_dir=folder)
-            engine.fit(student, datamodule=data)
-            engine.trainer.save_checkpoint(checkpoint)
-        for kind, compression in (("float32", None), ("INT8", "int8_ptq")):
-            target = folder / f"{kind}, {'any size' if size is None else size[0]}"
-            if not any(target.rglob("model*.xml")):
-                student = STPM.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-                student.to_openvino(target, input_size=size, compression_type=compression, datamodule=data)
-            files[f"{name}, {kind}"] = next(target.rglob("model*.xml"))
-    for name, (model_class, arguments, passes) in OTHERS.items():
-        folder = args.work / args.category / name
-        if not any(folder.rglob("model.xml")):
-            model = model_class(**arguments)
-            engine = Engine(max_epochs=passes, accelerator="cpu", logger=False, default_root_dir=folder / "fit")
-            engine.fit(model, datamodule=data)
-            model.to_openvino(folder)
-        files[name] = next(folder.rglob("model.xml"))
-    return files
-
-
-def variants(files: dict[str, Path]) -> dict[str, tuple[Path, str]]:
-    """Name each way to run a model: its file, and the precision; bfloat16 where the processor has it."""
-    there = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    found = {}
-    for backbone in BACKBONES:
-        for kind, (file, precision) in STUDENTS.items():
-            if precision == "f32" or there:
-                found[f"{backbone}, {kind}"] = files[f"{backbone}, {file}"], precision
-    for name in OTHERS:
-        found[name] = files[name], "f32"
-        if there:
-            found[f"{name}, bfloat16"] = files[name], "bf16"
-    return found
-
-
-def timed(models: dict[str, tuple[Path, str]], data: MVTecAD) -> dict[str, Any]:
-    """Time the networks alone on a test image of their own size: one at a time in turns, then as many as go."""
+def light(args: argparse.Namespace) -> Row:
+    """Time the networks alone on a test image of their own size, one at a time in turns."""
+    data = MVTecAD(root=args.root, category=args.category, num_workers=0, train_batch_size=8, eval_batch_size=8)
     data.setup()
     image = F.interpolate(data.test_data[0].image[None].float(), SIZE, mode="area").numpy()
-    calls = {name: compiled(*model, "LATENCY") for name, model in models.items()}
-    seconds: dict[str, list[float]] = defaultdict(list)
+    calls, milliseconds = {}, defaultdict(list)
+    for name, (file, precision) in exported(args, data).items():
+        model = ov.Core().read_model(file)
+        batch = model.input(0).partial_shape[0]  # PatchCore's export by anomalib takes two images and no other number
+        model.reshape([batch.get_length() if batch.is_static else 1, 3, *SIZE])
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+        calls[name] = ov.compile_model(model, "CPU", options)
     for _ in track(range(ROUNDS), "rounds"):
         for name, call in calls.items():
             images = np.repeat(image, count := call.input(0).shape[0], 0)
@@ -133,91 +110,117 @@ def timed(models: dict[str, tuple[Path, str]], data: MVTecAD) -> dict[str, Any]:
                 start = time.perf_counter()
                 call(images)
                 if number >= 0:
-                    seconds[name].append(1000 * (time.perf_counter() - start) / count)
-    found: dict[str, dict[str, float]] = {}
-    for name, (file, precision) in models.items():
-        milliseconds = seconds[name]
-        found[name] = {
-            "p50_ms": round(median(milliseconds), 2),
-            "p95_ms": round(float(np.percentile(milliseconds, 95)), 2),
-            "mean_ms": round(mean(milliseconds), 2),
-            "sd_ms": round(stdev(milliseconds), 2),
-            "images_a_call": calls[name].input(0).shape[0],
-            "images_per_second": round(throughput(compiled(file, precision, "THROUGHPUT"), image), 1),
-            "megabytes": round((file.stat().st_size + file.with_suffix(".bin").stat().st_size) / 1e6, 1),
-        }
-        print(name, json.dumps(found[name]), flush=True)
-    return {"variants": found, "calls": ROUNDS * TIMED}
+                    milliseconds[name].append(1000 * (time.perf_counter() - start) / count)
+    variants = {name: summary(found) for name, found in milliseconds.items()}
+    return {"category": args.category, "passes": args.passes, "variants": variants}
 
 
-def compiled(path: Path, precision: str, hint: str) -> ov.CompiledModel:
-    """Compile a model for one image of the network's size."""
-    model = ov.Core().read_model(path)
-    model.reshape([images_a_call(model), 3, *SIZE])
-    return ov.compile_model(model, "CPU", {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": precision})
+def exported(args: argparse.Namespace, data: MVTecAD) -> dict[str, tuple[Path, str]]:
+    """Train and export what WORK lacks; returns each way to run a model: its file, and the precision.
+
+    Precisions are those of what is not INT8; bfloat16 only where the processor has it.
+    """
+    use_hub(args.teacher, args.work)
+    ways: dict[str, tuple[Path, str]] = {}
+    for name, backbone in BACKBONES.items():
+        folder = args.work / args.category / name
+        checkpoint = folder / "model.ckpt"
+        if not checkpoint.exists():
+            weights = str(args.teacher) if name == "resnet18" else name
+            length = {"epochs": args.passes, "steps": None} if args.passes else {}
+            student = STPM(backbone=backbone, teacher_weights=weights, seed=0, visualizer=False, **length)
+            fit(student, data, folder, accelerator="cpu")[0].trainer.save_checkpoint(checkpoint)
+        for kind, compression in (("float32", None), ("INT8", "int8_ptq")):
+            target = folder / f"{kind}, {SIZE[0]}"
+            if not any(target.rglob("model*.xml")):
+                student = STPM.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+                student.to_openvino(target, input_size=SIZE, compression_type=compression, datamodule=data)
+            ways[f"{name}, {kind}"] = next(target.rglob("model*.xml")), "f32"
+    for name, known in RIVALS.items():
+        folder = args.work / args.category / name
+        if not any(folder.rglob("model.xml")):
+            model = rival(known)
+            fit(model, data, folder / "fit", accelerator="cpu", max_epochs=1)
+            model.to_openvino(folder)
+        ways[name] = next(folder.rglob("model.xml")), "f32"
+    there = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ways | ({f"{name}, bfloat16": (file, "bf16") for name, (file, _) in ways.items()} if there else {})
 
 
-def images_a_call(model: ov.Model) -> int:
-    """Images that a model wants at a time: PatchCore's export by anomalib takes two and no other number."""
-    batch = model.input(0).partial_shape[0]
-    return batch.get_length() if batch.is_static else 1
+def python(*arguments: str) -> str:
+    """Run Python in a folder of its own, with this version of the package; returns what it prints."""
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", *arguments]
+        return subprocess.run(command, env=where, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
-def throughput(model: ov.CompiledModel, image: np.ndarray, seconds: float = 6.0) -> float:
-    """Return images a second with as many requests at a time as OpenVINO advises."""
-    count = model.input(0).shape[0]
-    queue, done = ov.AsyncInferQueue(model), 0
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        queue.start_async({0: np.repeat(image, count, 0)})
-        done += count
-    queue.wait_all()
-    return done / (time.perf_counter() - start)
+def photograph(path: str, side: int) -> np.ndarray:
+    """A test image at another size, with a camera's noise of two grey levels, without which it is too smooth."""
+    rng = np.random.default_rng(side)
+    image = cv2.resize(decode(path), (side, side), interpolation=cv2.INTER_CUBIC)
+    return np.clip(image + rng.normal(0, 2, image.shape), 0, 255).round().astype(np.uint8)
 
 
-def accuracy(models: dict[str, tuple[Path, str]], data: MVTecAD) -> dict[str, Any]:
-    """Metrics of each variant on the test images, and the share of STPM's labels that are its float32 export's."""
-    data.setup()
-    found: dict[str, dict[str, float]] = {}
-    labels: dict[str, list[bool]] = defaultdict(list)
-    for name, (file, precision) in models.items():
-        if name.startswith("stfpm"):  # of too few passes
-            continue
-        model = ov.Core().read_model(file)
-        call, count = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision}), images_a_call(model)
-        fields = [["pred_score", "gt_label"], ["anomaly_map", "gt_mask"], ["anomaly_map", "gt_mask"]]
-        metrics = [metric(fields=one) for metric, one in zip((AUROC, AUROC, AUPRO), fields, strict=True)]
-        for item in track(data.test_data, name):
-            answer = call(np.repeat(item.image[None].float().numpy(), count, 0))
-            score, anomaly_map = (torch.tensor(answer[key][:1]).float() for key in ("pred_score", "anomaly_map"))
-            anomaly_map = anomaly_map.reshape(1, *anomaly_map.shape[-2:])
-            mask = F.interpolate(item.gt_mask[None, None].float(), anomaly_map.shape[-2:], mode="nearest")[0].bool()
-            batch = SimpleNamespace(
-                pred_score=score.reshape(1), gt_label=item.gt_label.reshape(1), anomaly_map=anomaly_map, gt_mask=mask
-            )
-            for metric in metrics:
-                metric.update(batch)
-            labels[name].append(bool(answer["pred_label"].flat[0]))
-        found[name] = {key: round(metric.compute().item(), 4) for key, metric in zip(METRICS, metrics, strict=True)}
-        exact = labels.get(f"{name.split(', ')[0]}, float32")
-        if exact:
-            found[name]["equal_labels"] = round(float(np.equal(labels[name], exact).mean()), 4)
+def files(model: str, originals: list[str]) -> dict[str, Row]:
+    """Milliseconds per image from files to scores, start-up left out, in turns; and of all cores' time."""
+    found: dict[str, Row] = {}
+    for name, (side, count) in SIDES.items():
+        for kind, quality in (("png", []), ("jpg", [cv2.IMWRITE_JPEG_QUALITY, 95])):
+            ways = {"score": [], "OpenVINOInferencer in a loop": ["loop"]}
+            if kind == "jpg":
+                ways["score, reduced decode"] = ["--reduced-decode"]
+            with tempfile.TemporaryDirectory() as folder:
+                taken = originals[:: max(1, len(originals) // (count + 1))][: count + 1]
+                for number, path in enumerate(taken):
+                    cv2.imwrite(f"{folder}/{number}.{kind}", photograph(path, side), quality)
+                spent: dict[str, list[list[float]]] = defaultdict(list)  # of each round, by the clock and of the cores
+                peaks: dict[str, float] = {}
+                for _ in range(TURNS):
+                    for way, options in ways.items():
+                        said = python("-c", SCORE, model, folder, *options).split()[-3:]
+                        *milliseconds, peaks[way] = (round(float(figure), 1) for figure in said)
+                        spent[way].append(milliseconds)
+            found[f"files, {name}, {kind}"] = {"milliseconds": spent, "images": len(taken) - 1, "peak_mib": peaks}
     return found
 
 
-def table(kept: dict[str, Any]) -> str:
-    """A table of each row of times and of accuracy that is kept."""
+def start_up(model: str, originals: list[str]) -> dict[str, Row]:
+    """Seconds from a fresh process to the first score; the first of each only fills the disk's cache."""
+    ways = {"score": ["-m", "stpm_plugin.commands", "score"], "OpenVINOInferencer": ["-c", INFER]}
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for turn in range(TURNS + 1):
+        for way, arguments in ways.items():
+            begin = time.perf_counter()
+            python(*arguments, model, originals[0])
+            if turn:
+                seconds[way].append(round(time.perf_counter() - begin, 2))
+    return {"start-up": {"seconds": seconds}}
+
+
+def network_table(kept: dict[str, Row]) -> str:
+    """A table of each row of networks' times, and of exports' accuracy, that is kept."""
     tables = []
     for key, row in kept.items():
         found = row.get("variants") or (row if key.startswith("accuracy") else {})
         found = {name: values for name, values in found.items() if isinstance(values, dict) and name != "versions"}
-        columns = list(
-            dict.fromkeys(column for values in found.values() for column in values if column != "medians_ms")
-        )
+        columns = [*dict.fromkeys(name for values in found.values() for name in values if name != "medians_ms")]
         if found:
             lines = [[name, *(values.get(column, "") for column in columns)] for name, values in found.items()]
             tables.append(f"{key}, {row['date']}, {row['machine']}:\n\n{markdown([['', *columns], *lines])}\n")
     return "\n".join(tables)
+
+
+def score_table(kept: dict[str, Row]) -> str:
+    """Mean and deviation of the rounds, by the clock; of all cores' time."""
+    timed = {key.removeprefix("files, "): row["milliseconds"] for key, row in kept.items() if key.startswith("files")}
+    ways = sorted({way for row in timed.values() for way in row})
+    lines = [["ms an image", *ways]]
+    for key, row in timed.items():
+        cells = ["; ".join(spread(part, 0) for part in zip(*row.get(way, []), strict=True)) for way in ways]
+        lines.append([key, *cells])
+    start = kept.get("start-up", {}).get("seconds", {})
+    return markdown(lines) + "".join(f"\nFirst score, {way}: {spread(found)} s" for way, found in start.items())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Draw each category: image, ground truth and the maps of all models, for cases chosen by rule.
+"""Draw images, their true masks and the maps of models beside each other.
 
     python -m benchmarks.accuracy run DIR/screw --teacher FILE --seeds 0 --checkpoints CHECKPOINTS
-    python -m benchmarks.pictures DIR/screw --checkpoints CHECKPOINTS
+    python -m benchmarks.pictures DIR/screw --checkpoints CHECKPOINTS     # all models, cases chosen by rule
+    stpm demo
+    python -m benchmarks.pictures --demo results/STPM/DemoData/plate-v1-80-10-0/latest/weights/lightning/model.ckpt
 
 The cases are, by STPM's image scores, the two surest and the two least sure defective images and the two good images
-with the highest scores. Each map's colours go from the median of that model's good test images to its highest value.
+with the highest scores. `--demo` draws the README's picture: demo images, good and with each defect. Maps have no
+colour where they are calm, a line at the threshold, and below them the verdict and the image score.
 """
 
 from __future__ import annotations
@@ -12,93 +15,95 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from anomalib.data import MVTecAD
-from anomalib.engine import Engine
-from anomalib.models import AnomalibModule, Padim, Patchcore, Stfpm
+from anomalib import models
+from anomalib.data import AnomalibDataModule, MVTecAD
+from anomalib.models import AnomalibModule, Padim, Patchcore
 from PIL import Image
 
-from stpm_plugin import STPM
+from benchmarks.environment import OPTIONS, Row
+from benchmarks.training_speed import OTHERS
+from stpm_plugin import STPM, DemoData
+from stpm_plugin.demo.demo_data import DEFECTS
 
-CLASSES: dict[str, type[AnomalibModule]] = {
-    "STPM": STPM,
-    "STPM-paper": STPM,
-    "anomalib-Stfpm": Stfpm,
-    "anomalib-PaDiM": Padim,
-    "anomalib-PatchCore": Patchcore,
-}
-RESULTS = Path(__file__).parent / "results"
+CLASSES: dict[str, type[AnomalibModule]] = {"STPM": STPM, "STPM-paper": STPM}
+CLASSES |= {name.replace(" ", "-"): getattr(models, kind) for name, (kind, _) in OTHERS.items()}
+CALM, LIT = 0.3, 0.5  # of the normalised map: below the first no colour; the second is the threshold
+GREEN, RED = "#2e8b57", "#c0392b"
 
 
 def main() -> None:
     """Predict with every checkpoint of a category, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("categories", nargs="+", type=Path, help="folders in MVTec AD's layout")
-    parser.add_argument("--checkpoints", type=Path, required=True, help="folder of MODEL-CATEGORY-seed-N.ckpt")
-    parser.add_argument("--seed", type=int, default=0, help="which of the checkpoints")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the pictures")
+    for name in ("categories", "--seed", "--results"):
+        parser.add_argument(name, **OPTIONS[name])
+    parser.add_argument("--checkpoints", type=Path, help="folder of MODEL-CATEGORY-seed-N.ckpt")
+    parser.add_argument("--demo", type=Path, help="checkpoint of a demo model")
     args = parser.parse_args()
     for category in args.categories:
-        found = {}
+        data, found = MVTecAD(root=category.resolve().parent, category=category.name), {}
         for name, kind in CLASSES.items():
             for path in args.checkpoints.glob(f"{name}-{category.name}-seed-{args.seed}.ckpt"):
-                found[name.replace("-", " ")] = predict(kind, path, category)
+                found[name.replace("-", " ")] = predict(kind, path, data)
         if not found:
             sys.exit(f"{args.checkpoints} holds no MODEL-{category.name}-seed-{args.seed}.ckpt: keep some, see above.")
-        draw(found).savefig(args.results / f"pictures_{category.name}.png", dpi=90)
+        draw(found, telling(next(iter(found.values())))).savefig(args.results / f"pictures_{category.name}.png", dpi=90)
+    if args.demo:
+        cases = predict(STPM, args.demo, DemoData(val_split_mode="none"))
+        last = {case["kind"]: index for index, case in enumerate(cases)}
+        columns = {last["good"] - 1: "good"} | {last[kind]: kind.replace("_", " ") for kind in ("good", *DEFECTS)}
+        draw({"heat map": cases}, columns).savefig(args.results / "demo.png", dpi=110)
 
 
-def predict(kind: type[AnomalibModule], checkpoint: Path, category: Path) -> list[dict]:
-    """Score a category's test images, in the data set's order."""
-    arguments: dict = {"pre_trained": False} if kind in (Padim, Patchcore) else {}
+def predict(kind: type[AnomalibModule], checkpoint: Path, data: AnomalibDataModule) -> list[Row]:
+    """Score the test images, in the data set's order."""
+    arguments: dict[str, Any] = {"pre_trained": False} if kind in (Padim, Patchcore) else {}
     if kind is not STPM:
         arguments["strict"] = False  # the benchmark's metrics, which are in the checkpoint, are not this model's
-    model = kind.load_from_checkpoint(checkpoint, map_location="cpu", **arguments)
-    data = MVTecAD(root=category.resolve().parent, category=category.name, num_workers=0)
-    engine = Engine(logger=False, enable_progress_bar=False, default_root_dir=checkpoint.parent / "predictions")
+    model = kind.load_from_checkpoint(checkpoint, map_location="cpu", **arguments).eval()
     data.setup()
     cases = []
-    for batch in engine.predict(model, dataloaders=data.test_dataloader()):
-        columns = {
-            "path": batch.image_path,
-            "score": batch.pred_score.flatten().tolist(),
-            "map": batch.anomaly_map.squeeze(1).float() if batch.anomaly_map.ndim == 4 else batch.anomaly_map.float(),
-            "mask": batch.gt_mask,
-            "bad": batch.gt_label.tolist(),
-        }
-        cases += [dict(zip(columns, case, strict=True)) for case in zip(*columns.values(), strict=True)]
+    for item in data.test_data:
+        with torch.inference_mode():
+            made = model(item.image[None])
+        case = {"path": item.image_path, "kind": Path(item.image_path).parent.name, "mask": item.gt_mask.squeeze()}
+        case |= {"score": float(made.pred_score), "map": made.anomaly_map.squeeze().float()}
+        cases.append(case | {"bad": bool(item.gt_label), "found": bool(made.pred_label)})
     return cases
 
 
-def draw(found: dict[str, list[dict]]) -> plt.Figure:
-    """Draw a row for each case, a column for each model."""
-    first = next(iter(found.values()))
-    ranks = sorted(range(len(first)), key=lambda place: -first[place]["score"])
-    bad, good = [p for p in ranks if first[p]["bad"]], [p for p in ranks if not first[p]["bad"]]
+def telling(cases: list[Row]) -> dict[int, str]:
+    """Choose cases by their scores, and say why."""
+    ranks = sorted(range(len(cases)), key=lambda index: -cases[index]["score"])
+    bad, good = [i for i in ranks if cases[i]["bad"]], [i for i in ranks if not cases[i]["bad"]]
     kinds = (bad[:2], "surest"), (bad[-2:], "least sure"), (good[:2], "good, highest")
-    chosen = {place: why for places, why in kinds for place in places}
-    figure, axes = plt.subplots(len(chosen), len(found) + 2, layout="constrained", squeeze=False)
-    figure.set_size_inches(1.6 * axes.shape[1] + 0.4, 1.62 * axes.shape[0] + 0.3)
-    scales = {
-        name: (
-            torch.cat([case["map"].flatten()[::16] for case in cases if not case["bad"]]).median().item(),
-            max(case["map"].max().item() for case in cases),
-        )
-        for name, cases in found.items()
-    }
-    for row, (place, why) in zip(axes, chosen.items(), strict=True):
-        case, path = first[place], Path(first[place]["path"])
-        row[0].imshow(Image.open(path).convert("RGB").resize(case["map"].shape[::-1]))
-        row[0].set_ylabel(f"{why}\n{path.parent.name}/{path.stem}", fontsize=8)
-        row[1].imshow(case["mask"].squeeze(), cmap="gray", vmin=0, vmax=1)
-        for axis, (name, cases) in zip(row[2:], found.items(), strict=True):
-            low, high = scales[name]
-            axis.imshow(cases[place]["map"], cmap="viridis", vmin=low, vmax=high)
-            axis.set_xlabel(f"{cases[place]['score']:.2f}", fontsize=8)
-    for axis, name in zip(axes[0], ["image", "truth", *found], strict=True):
-        axis.set_title(name, fontsize=9)
+    names = [f"{case['kind']}/{Path(case['path']).stem}" for case in cases]
+    return {index: f"{why}\n{names[index]}" for indices, why in kinds for index in indices}
+
+
+def draw(found: dict[str, list[Row]], chosen: dict[int, str]) -> plt.Figure:
+    """Draw a column for each case: the image, the truth, and each model's map and verdict."""
+    shape = 2 + len(found), len(chosen)
+    figure, axes = plt.subplots(*shape, figsize=(1.43 * shape[1], 1.57 * shape[0]), layout="constrained", squeeze=False)
+    for (top, second, *others), (index, title) in zip(axes.T, chosen.items(), strict=True):
+        first = next(iter(found.values()))[index]
+        image = Image.open(first["path"]).convert("RGB").resize(first["map"].shape[::-1])
+        top.imshow(image)
+        top.set_title(title, fontsize=11)
+        second.imshow(first["mask"], cmap="gray", vmin=0, vmax=1)
+        for axis, cases in zip(others, found.values(), strict=True):
+            heat = cases[index]["map"]
+            axis.imshow(image)
+            shown = ((heat - CALM) / (LIT - CALM)).clamp(0, 1)
+            axis.imshow(heat, cmap="inferno", vmin=0, vmax=1.4 * LIT, alpha=0.85 * shown)
+            axis.contour(heat, [LIT], colors="white", linewidths=1.2)
+            label, colour = ("anomalous", RED) if cases[index]["found"] else ("normal", GREEN)
+            axis.set_xlabel(f"{label}, {cases[index]['score']:.2f}", fontsize=10, color=colour)
+    for axis, name in zip(axes[:, 0], ["image", "truth", *found], strict=True):
+        axis.set_ylabel(name, fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     return figure

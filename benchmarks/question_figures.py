@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from math import nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
-from benchmarks.environment import markdown, spread
+from benchmarks.environment import METRICS, Row, grouped, markdown, spread
 from benchmarks.questions import EDGES, GROUPS, LAYERS, SHARES, SUBSETS, TEACHERS, THIRDS
 
-Row = dict[str, Any]
 Series = dict[tuple[str, str], dict[int, list[Row]]]  # by category and model, then by share of the images
-METRICS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC", "pixel_AUPRO": "PRO"}
 ALL = METRICS | {f"{third}_SizedAUPRO": f"PRO, {third}" for third in THIRDS}  # by the size of the defects
 
 
@@ -35,7 +33,7 @@ def draw(kept: dict[str, Row], results: Path) -> None:
     (results / "questions.md").write_text(table(kept, series))
     whole = [row for row in trained if row["model"] == "STPM" and row["share"] == 100 and row["seed"] == 0]
     levels = {levels: "+".join(name[-1] for name in levels) for levels in SUBSETS}
-    names = {name: name.replace("_", "\n") for name in TEACHERS}
+    names = {name: name.replace("_", "\n") for name in (*TEACHERS, *(row["teacher"] for row in whole))}
     for question, found, figure in [
         ("match", [row for row in kept.values() if row.get("distances")], match),
         ("scales", [row for row in whole if row in plain], lambda rows: compared(rows, "layers", levels)),
@@ -50,7 +48,7 @@ def draw(kept: dict[str, Row], results: Path) -> None:
 def few(rows: Iterable[Row]) -> Series:
     """Group runs by category and model, then by share of the images; STPM's by their length; all images alone: none."""
     series: Series = defaultdict(lambda: defaultdict(list))
-    for category, part in by_category(rows).items():
+    for (category,), part in grouped(rows, "category").items():
         fewest = min(row["passes"] for row in part if row["model"] == "STPM")
         for row in part:
             names = [row["model"]]
@@ -60,14 +58,6 @@ def few(rows: Iterable[Row]) -> Series:
             for name in names:
                 series[category, name][row["share"]].append(row)
     return {key: dict(sorted(shares.items())) for key, shares in sorted(series.items()) if set(shares) != {100}}
-
-
-def by_category(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Group rows by their category."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["category"]].append(row)
-    return dict(sorted(groups.items()))
 
 
 def table(kept: dict[str, Row], series: Series) -> str:
@@ -139,19 +129,14 @@ def match(rows: list[Row]) -> plt.Figure:
 
 def compared(rows: list[Row], key: str, names: dict[Any, str]) -> plt.Figure:
     """A cluster of bars for each value of ``key``, one for each category; axes are cut below the lowest."""
-    groups = by_category(rows)
-    names = {value: name for value, name in names.items() if any(row[key] == value for row in rows)}
+    frame = pd.DataFrame([row["metrics"] | {key: names[row[key]], "category": row["category"]} for row in rows])
     figure, axes = plt.subplots(2, 3, figsize=(12, 5.6))
     for axis, (metric, title) in zip(axes.flat, ALL.items(), strict=True):
-        lowest = 1.0
-        for place, (category, part) in enumerate(groups.items()):
-            found = {row[key]: row["metrics"].get(metric, nan) for row in part}
-            at = np.arange(len(names)) + 0.8 * (place + 0.5) / len(groups) - 0.4
-            axis.bar(at, [found.get(value, nan) for value in names], 0.75 / len(groups), label=category)
-            lowest = np.nanmin([lowest, *found.values()])
-        axis.set_xticks(range(len(names)), names.values())
-        axis.set(title=title, ylim=(max(0, lowest - 0.05), 1))
+        bars = frame.pivot(index=key, columns="category", values=metric)
+        bars = bars.loc[[name for name in names.values() if name in bars.index]]
+        bars.plot.bar(ax=axis, title=title, xlabel="", ylim=(max(0, bars.min(None) - 0.05), 1), width=0.75, rot=0)
         axis.grid(axis="x", visible=False)
+        axis.get_legend().remove()
     figure.supxlabel(key)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return figure

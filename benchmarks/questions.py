@@ -6,9 +6,9 @@
 Questions are `match` (does a student match?), `scales` (do several levels help?), `teachers` (what does a teacher
 carry?) and `fewshot` (how many images are enough?). Data are folders in MVTec AD's layout. Each run is the real
 `anomalib train` in a fresh process; rows are written as they come to `results/questions.json`, and what has a row is
-not run again. `teachers` looks for more teachers, weights of a ResNet-18, in `--teachers DIR`, named after what they
-were trained on (`mnist.safetensors`). The rows that are kept are of the defaults of their date: power -1/4 and the
-finest level at full weight.
+not run again. `teachers` takes more teachers, weights of a ResNet-18, by `--teachers FILE`, named after what they were
+trained on (`mnist.safetensors`). The rows that are kept are of the defaults of their date: power -1/4 and the finest
+level at full weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -28,19 +27,16 @@ import torch
 from anomalib.metrics import AUPRO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from rich.progress import track
-from safetensors import safe_open
 from safetensors.torch import save_file
 from skimage.measure import label
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.environment import environment, keep, rows
-from benchmarks.training_speed import train
+from benchmarks.environment import Row, environment, keep, parser, rows
+from benchmarks.training_speed import part_of, train
 from stpm_plugin.model.features import FeaturePyramid
 from stpm_plugin.model.matching import distances
 
-RESULTS = Path(__file__).parent / "results"
 NAME = "benchmarks.questions"  # also where it runs as a script
 CIFAR10 = Path(__file__).parents[1] / "tests/cifar10_teacher.safetensors"
 QUESTIONS = ("match", "scales", "teachers", "fewshot")
@@ -82,10 +78,7 @@ def regions(mask: Tensor) -> Iterator[tuple[Tensor, float]]:
 class Distances(Callback):
     """Keeps histograms of each level's distances over training, of training, held-out and test pixels.
 
-    Args:
-        path: JSON file to write.
-        passes: Numbers of passes after which to look.
-        most: Images of a group, spread evenly over it.
+    It looks after some ``passes``, at ``most`` images of a group, and writes a JSON file.
     """
 
     def __init__(self, path: str, passes: list[int], most: int = 40) -> None:
@@ -131,98 +124,71 @@ class Distances(Callback):
 
 def main() -> None:
     """Run what a question still lacks, then tabulate and draw all that is kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=[*QUESTIONS, "all", "figures"])
-    parser.add_argument("--data", nargs="*", type=Path, default=[], help="folders in MVTec AD's layout")
-    parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18; one of CIFAR-10, for a trial")
-    parser.add_argument("--teachers", type=Path, default=Path("teachers"), help="folder of other teachers' weights")
-    parser.add_argument("--names", nargs="+", default=list(TEACHERS), help="of the teachers")
-    parser.add_argument("--passes", type=int, default=PASSES, help="over all images; another number for a trial")
-    parser.add_argument("--size", type=int, default=256, help="of the images, pixels")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what is kept")
-    args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
-    chosen = {"all": QUESTIONS, "figures": ()}.get(args.question, (args.question,))
-    with tempfile.TemporaryDirectory() as folder:
+    options = parser(__doc__, [*QUESTIONS, "all", "figures"], "--teacher")
+    options.add_argument("--data", nargs="*", type=Path, default=[], help="folders in MVTec AD's layout")
+    options.add_argument("--teachers", nargs="*", type=Path, default=[], help="files of other teachers' weights")
+    options.add_argument("--passes", type=int, default=PASSES, help="over all images; another number for a trial")
+    options.add_argument("--size", type=int, default=256, help="of the images, pixels")
+    args = options.parse_args()
+    file = args.results / "questions.json"
+    chosen = {"all": QUESTIONS, "figures": ()}.get(args.part, (args.part,))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        weights = {"cifar10": CIFAR10, "random": folder / "random.safetensors"}
+        weights |= {path.stem: path for path in args.teachers} | ({"imagenet": args.teacher} if args.teacher else {})
+        torch.manual_seed(0)
+        save_file(FeaturePyramid("resnet18", LAYERS).net.state_dict(), weights["random"])
         for question in chosen:
-            answer(question, args, Path(folder))
+            for job in jobs(question, args, [*weights]):
+                key, begin = name_of(job), time.time()
+                if "metrics" in rows(file).get(key, {}):
+                    continue
+                row = train(settings(job, args, folder), weights[job["teacher"]].resolve(), folder)
+                if question == "match":
+                    row["looks"] = json.loads((folder / "distances.json").read_text())
+                del job["data"]  # a path of this machine
+                row |= {
+                    "seconds": round(time.time() - begin),
+                    **environment(f"python -m benchmarks.questions {question}"),
+                }
+                keep(file, key, {"question": question, **job, **row})
     from benchmarks.question_figures import draw
 
-    draw(rows(args.results / "questions.json"), args.results)
+    draw(rows(file), args.results)
 
 
-def answer(question: str, args: argparse.Namespace, folder: Path) -> None:
-    """Run what the question lacks."""
-    file = args.results / "questions.json"
-    there = {key for key, row in rows(file).items() if "why" not in row}  # what was missing may be there now
-    wanted = {name_of(job): job for job in jobs(question, args)}
-    wanted = {key: job for key, job in wanted.items() if key not in there}
-    for key, job in track(wanted.items(), f"{question}: {len(wanted)} runs"):
-        print(key, flush=True)
-        source, weights = job.pop("data"), teacher(job["teacher"], args, folder)  # paths of this machine
-        if not weights.exists():
-            keep(file, key, {"question": question, **job, "why": f"no {weights.name} in --teachers"})
-            continue
-        begin = time.time()
-        row = train(settings(job, source, args, folder), weights.resolve(), folder)
-        if question == "match":
-            row["looks"] = json.loads((folder / "distances.json").read_text())
-        row |= {"teacher_accuracy": accuracy_of(job["teacher"], weights), "seconds": round(time.time() - begin)}
-        row |= environment(f"python -m benchmarks.questions {question}")
-        keep(file, key, {"question": question, **job, **row})
-
-
-def name_of(job: dict[str, Any]) -> str:
+def name_of(job: Row) -> str:
     """Name a run by what it is, so that equal runs of two questions are one."""
     words = [job["model"], job["category"], f"seed {job['seed']}", f"{job['share']} %", f"{job['passes']} passes"]
     words += ["+".join(job["layers"]), job["teacher"], f"{job['size']} pixels"]
     return ", ".join(words) + (", distances" if job.get("distances") else "")
 
 
-def jobs(question: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def jobs(question: str, args: argparse.Namespace, teachers: list[str]) -> Iterator[Row]:
     """Yield a question's runs."""
     for path in args.data:
         base = {"model": "STPM", "data": path.resolve(), "category": path.name, "seed": 0, "share": 100}
-        base |= {"passes": args.passes, "layers": LAYERS, "teacher": "imagenet" if args.teacher else "cifar10"}
-        base["size"] = args.size
+        base |= {"teacher": "imagenet" if args.teacher else "cifar10", "size": args.size}
+        base |= {"passes": args.passes, "layers": LAYERS}
         if question == "match":
             yield base | {"distances": True}
             yield base | {"distances": True, "model": "STPM, paper", "passes": round(args.passes * 100 / PASSES)}
         elif question == "scales":
             yield from (base | {"layers": layers} for layers in SUBSETS)
         elif question == "teachers":
-            yield from (base | {"teacher": name} for name in args.names if name != "imagenet" or args.teacher)
+            yield from (base | {"teacher": name} for name in teachers)
         else:
-            for share, seeds in SHARES.items():
-                for seed in range(seeds):
-                    part = base | {"share": share, "seed": seed}
-                    for model in ("STPM", "anomalib PaDiM", "anomalib PatchCore"):
-                        yield part | {"model": model, "passes": args.passes if model == "STPM" else 1}
-                    yield part | {"passes": round(args.passes * 100 / share)}
+            for share, seed in ((share, seed) for share, seeds in SHARES.items() for seed in range(seeds)):
+                part = base | {"share": share, "seed": seed}
+                yield part
+                yield part | {"passes": round(args.passes * 100 / share)}
+                yield from (part | {"model": f"anomalib {name}", "passes": 1} for name in ("PaDiM", "PatchCore"))
 
 
-def teacher(name: str, args: argparse.Namespace, folder: Path) -> Path:
-    """Where a teacher's weights are, or would be."""
-    if name == "random":
-        torch.manual_seed(0)
-        save_file(FeaturePyramid("resnet18", LAYERS).net.state_dict(), folder / "random.safetensors")
-        return folder / "random.safetensors"
-    return {"imagenet": args.teacher, "cifar10": CIFAR10}.get(name, args.teachers / f"{name}.safetensors")
-
-
-def accuracy_of(name: str, weights: Path) -> float | None:
-    """Share of its own test images that a teacher classifies right; nothing where nobody measured it."""
-    if name == "imagenet":
-        return 0.6976  # quoted: torchvision's resnet18, IMAGENET1K_V1, of the 50,000 validation images
-    with safe_open(weights, "pt") as file:
-        accuracy = (file.metadata() or {}).get("test_accuracy")
-    return float(accuracy) if accuracy else None
-
-
-def settings(job: dict[str, Any], source: Path, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def settings(job: Row, args: argparse.Namespace, folder: Path) -> Row:
     """Say a run in the words of :func:`benchmarks.training_speed.train`."""
     run = {name: job[name] for name in ("model", "category", "seed", "size")} | {"epochs": job["passes"]}
-    run["root"], areas = str(subset(source, job["share"], job["seed"], folder)), thirds(source)
+    run["root"], areas = str(subset(job["data"], job["share"], job["seed"], folder)), thirds(job["data"])
     if job["model"].startswith("STPM"):
         run["arguments"] = {"layers": list(job["layers"])}
     common = {"fields": ["anomaly_map", "gt_mask"], "strict": False}
@@ -242,15 +208,11 @@ def subset(source: Path, share: int, seed: int, folder: Path) -> Path:
     if share == 100:
         return source.parent
     root = folder / f"{source.name}-{share}-{seed}"
-    target = root / source.name
-    if not target.exists():
-        files = sorted((source / "train/good").iterdir())
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
-        (target / "train/good").mkdir(parents=True)
-        for index in order[: max(3, round(len(files) * share / 100))]:
-            shutil.copyfile(files[index], target / "train/good" / files[index].name)
-        for part in ("test", "ground_truth"):  # no links: anomalib lists no file that leaves the root
-            shutil.copytree(source / part, target / part, copy_function=shutil.copyfile)
+    if not root.exists():
+        names = sorted(path.name for path in (source / "train/good").iterdir())
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = order[: max(3, round(len(names) * share / 100))]
+        part_of(source, root / source.name, [names[index] for index in chosen])
     return root
 
 

@@ -2,19 +2,19 @@
 
     python -m benchmarks.training_speed passes --root DIR --teacher FILE   # seconds a pass, memory: models in turns
     python -m benchmarks.training_speed growth --root DIR --teacher FILE   # with the number and the size of images
-    python -m benchmarks.training_speed whole  --root DIR --teacher FILE   # fits of many images, and beside other work
+    python -m benchmarks.training_speed whole  --root DIR --teacher FILE   # fits of 320 and of 20,000 images
     python -m benchmarks.training_speed plot                               # redraw and tabulate what is kept
 
 Each run is the real `anomalib train` in a fresh process; rows are written as they come to
 `results/training_speed.json`, and a run that has one is not repeated. All models get the same weights of torchvision's
 ResNet-18 as their teacher; anomalib's own would download others, which changes no time. Rows that name a batch and a
-number of passes are of recipes that were tried before the present one (`recipes.md`). Whole runs: `accuracy.py`.
+number of passes are of recipes that were tried before the present one (`recipes.md`), rows beside a busy process by
+the command as of commit 951a4ce. Whole runs: `accuracy.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -24,21 +24,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import yaml
+from anomalib import models
+from anomalib.models import AnomalibModule
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from benchmarks.environment import environment, keep, markdown, rows, spread
+from benchmarks.environment import Row, environment, grouped, keep, markdown, missing, parser, rows, spread
 
 HERE = Path(__file__).parent
-RESULT = HERE / "results" / "training_speed.json"
 CONFIGS = HERE.parent / "configs"
 # Passes that are timed; those of a model are alike.
 TIMED = {"STPM": 4, "STPM, paper": 4, "STPM, paper, nothing kept": 1, "anomalib Stfpm": 1, "anomalib PaDiM": 1}
@@ -50,13 +51,6 @@ OTHERS = {  # PatchCore with a tenth of its usual coreset, which would take hour
 }
 BACKBONES = {"resnet18": "resnet18.tv_in1k", "lite0": "tf_efficientnet_lite0.in1k"}
 ROUNDS = 3
-WHOLE: dict[str, tuple[int, int, dict[str, Any]]] = {  # images, busy processes beside, arguments
-    "320 images": (320, 0, {}),
-    "20,000 images": (20_000, 0, {}),
-    "150 steps": (320, 0, SHORT := {"steps": [150, 150]}),
-    "150 steps beside one busy process": (320, 1, SHORT),
-    "150 steps beside two busy processes": (320, 2, SHORT),
-}
 TRANSFORMS = "torchvision.transforms.v2"
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
 COUNTS, SIZES, IMAGES_AT_SIZES = (50, 100, 200, 320), (256, 384, 512), 50
@@ -81,8 +75,7 @@ class Clock(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the end of the last pass, held-out scores or validation included."""
         self.row |= {"training_images": len(trainer.datamodule.train_data), "steps": trainer.global_step}
-        ends = [*self.starts[1:], time.perf_counter()]
-        self.row["pass_seconds"] = [round(end - start, 3) for start, end in zip(self.starts, ends, strict=True)]
+        self.row["pass_seconds"] = np.diff([*self.starts, time.perf_counter()]).round(3).tolist()
 
     def on_test_batch_start(self, *_: Any) -> None:
         """Start the clock of a test batch; it is stopped before the metrics read it."""
@@ -98,7 +91,6 @@ class Clock(Callback):
         if stage == "fit":
             self.row["fit_seconds"] = round(time.perf_counter() - self.begin, 2)
             self.row["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-            self.row["chosen"] = getattr(getattr(getattr(pl_module, "selection", None), "chosen", None), "epoch", None)
         elif stage == "test":
             self.row["milliseconds_an_image"] = round(1000 * self.test_seconds / self.images, 1)
             self.row["metrics"] = {name: round(float(value), 4) for name, value in trainer.callback_metrics.items()}
@@ -107,92 +99,68 @@ class Clock(Callback):
 
 def main() -> None:
     """Run one part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["passes", "growth", "whole", "plot"])
-    parser.add_argument("--root", type=Path, help="MVTec AD's folder")
-    parser.add_argument("--teacher", type=Path, help="weights of torchvision's ResNet-18")
-    parser.add_argument("--results", type=Path, default=RESULT, help="file of what is kept")
-    args = parser.parse_args()
+    args = parser(__doc__, ["passes", "growth", "whole", "plot"], "--root", "--teacher").parse_args()
+    file = args.results / "training_speed.json"
     if args.part != "plot":
         with tempfile.TemporaryDirectory() as folder:
-            for key, run in runs(args, Path(folder)):
-                if key not in rows(args.results):
-                    with busy(run.get("beside", 0)):
-                        row = {**run, **train(run, args.teacher.resolve(), Path(folder))}
-                    del row["root"]  # a path of this machine
-                    keep(args.results, key, row | environment(f"python -m benchmarks.training_speed {args.part}"))
-                    print(key, json.dumps({name: row[name] for name in ("pass_seconds", "fit_seconds")}), flush=True)
-    kept = rows(args.results)
+            for key, run in missing(file, runs(args, Path(folder))):
+                row = run | train(run, args.teacher.resolve(), Path(folder))
+                del row["root"]  # a path of this machine
+                keep(file, key, row | environment(f"python -m benchmarks.training_speed {args.part}"))
+    kept = rows(file)
     print(table(kept))
     growth = [row for key, row in kept.items() if key.startswith("growth")]
     if growth:
-        draw(growth).savefig(args.results.with_suffix(".png"), dpi=110)
+        draw(growth).savefig(file.with_suffix(".png"), dpi=110)
 
 
-def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Row]]:
     """Yield the name and the settings of each run of a part, the models in turns."""
-    root = args.root.resolve()
-    run: dict[str, Any]
+    source = args.root.resolve() / "screw"
+    usual = {"model": "STPM", "root": str(source.parent), "category": "screw", "seed": 0}
     if args.part == "passes":
-        for number in range(ROUNDS):
-            for model, epochs in TIMED.items():
-                run = {"model": model, "root": str(root), "category": "screw", "epochs": epochs, "seed": number}
-                yield f"passes, {model}, round {number}", run
+        for number, (model, epochs) in itertools.product(range(ROUNDS), TIMED.items()):
+            yield f"passes, {model}, round {number}", usual | {"model": model, "epochs": epochs, "seed": number}
     elif args.part == "whole":
-        for number, (name, (count, beside, arguments)) in itertools.product(range(ROUNDS), WHOLE.items()):
-            run = {"model": "STPM", "root": str(few(root / "screw", count, folder / str(count))), "category": "screw"}
-            run |= {"epochs": None, "seed": number, "beside": beside, "arguments": arguments, "name": f"STPM, {name}"}
-            yield f"whole, {name}, round {number}", run
+        for number, count in itertools.product(range(ROUNDS), (320, 20_000)):
+            run = usual | {"root": few(source, count, folder / str(count)), "epochs": None, "seed": number}
+            yield f"whole, {count:,} images, round {number}", run | {"name": f"STPM, {count:,} images"}
     else:
         shapes = [*((IMAGES_AT_SIZES, size) for size in SIZES), *((count, 256) for count in COUNTS)]
-        for count, size in dict.fromkeys(shapes):
-            for model, epochs in TIMED.items():
-                run = {"model": model, "root": str(few(root / "screw", count, folder / str(count)))}
-                run |= {"category": "screw", "epochs": min(epochs, 2), "seed": 0, "images": count, "size": size}
-                yield f"growth, {model}, {count} images, {size} pixels", run
+        for (count, size), (model, epochs) in itertools.product(dict.fromkeys(shapes), TIMED.items()):
+            run = usual | {"model": model, "root": few(source, count, folder / str(count)), "epochs": min(epochs, 2)}
+            yield f"growth, {model}, {count} images, {size} pixels", run | {"images": count, "size": size}
 
 
-def few(source: Path, count: int, root: Path) -> Path:
+def few(source: Path, count: int, root: Path) -> str:
     """Copy ``count`` training images and a small test set, on which a validation costs little; returns the root.
 
     Beyond the images that there are, they are taken again and again, by links.
     """
-
-    def others(folder: str, names: list[str]) -> list[str]:
-        images = sorted(name for name in names if name.endswith(".png"))
-        return images[count if folder.endswith("train/good") else 2 :]
-
-    if root.exists():
-        return root
-    shutil.copytree(source, root / "screw", ignore=others)
-    files = sorted((root / "screw/train/good").iterdir())
-    for number in range(len(files), count):
-        os.link(files[number % len(files)], files[0].with_name(f"{number:05}.png"))
-    return root
+    if not root.exists():
+        names = sorted(path.name for path in (source / "train/good").iterdir())
+        part_of(source, root / source.name, names[:count], tests=2)
+        good = root / source.name / "train/good"
+        for number in range(len(names), count):
+            os.link(good / names[number % len(names)], good / f"{number:05}.png")
+    return str(root)
 
 
-@contextlib.contextmanager
-def busy(count: int) -> Iterator[None]:
-    """Keep so many processes busy meanwhile."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for other in others:
-            other.kill()
+def part_of(source: Path, target: Path, images: list[str], tests: int | None = None) -> None:
+    """Copy a category with some of its training images, and with all or so many test images of a kind."""
+
+    def others(folder: str, names: list[str]) -> set[str]:
+        kept = images if folder.endswith("train/good") else sorted(name for name in names if "." in name)[:tests]
+        return {name for name in names if "." in name} - set(kept)
+
+    shutil.copytree(source, target, ignore=others, copy_function=shutil.copyfile)  # anomalib lists no links
 
 
-def train(run: dict[str, Any], teacher: Path, folder: Path) -> dict[str, Any]:
-    """Run `anomalib train` once.
+def train(run: Row, teacher: Path, folder: Path) -> Row:
+    """Run `anomalib train` once, with a folder for its files; returns what the clock kept.
 
-    Args:
-        run: The model, the data's root and category, the passes (``epochs``) and the seed; and, if need be, the images'
-            ``size``, more ``arguments`` of the model, ``metrics`` and ``callbacks``, and other ``data``.
-        teacher: Weights of torchvision's ResNet-18.
-        folder: For the run's files.
-
-    Returns:
-        What the clock kept.
+    ``run`` has the model, the data's root and category, the passes (``epochs``) and the seed; and, if need be, the
+    images' ``size``, more ``arguments`` of the model, ``metrics`` and ``callbacks``.
     """
     default, paper = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("stpm", "paper"))
     size = run.get("size", 256)
@@ -216,7 +184,7 @@ def train(run: dict[str, Any], teacher: Path, folder: Path) -> dict[str, Any]:
     trainer = {"accelerator": "auto", "enable_progress_bar": False, "callbacks": [clock, *run.get("callbacks", [])]}
     config = {
         "model": model,
-        "data": run.get("data", {"class_path": "anomalib.data.MVTecAD", "init_args": data}),
+        "data": {"class_path": "anomalib.data.MVTecAD", "init_args": data},
         "trainer": trainer | ({"max_epochs": run["epochs"]} if run["epochs"] else {}),
         "default_root_dir": str(folder / "run"),
     }
@@ -266,24 +234,30 @@ def use_hub(teacher: Path, folder: Path) -> None:
     constants.HF_HUB_CACHE = f"{hub(teacher, folder)['HF_HOME']}/hub"
 
 
-def table(kept: dict[str, dict[str, Any]]) -> str:
+def rival(name: str, size: int = 256, **options: Any) -> AnomalibModule:
+    """One of anomalib's models, with the teacher's weights where the hub is :func:`use_hub`'s."""
+    class_path, arguments = OTHERS[name]
+    kind = getattr(models, class_path)
+    return kind(**arguments, pre_processor=kind.configure_pre_processor((size, size)), **options)
+
+
+def table(kept: dict[str, Row]) -> str:
     """Seconds of a pass and of a fit, and peak memory, of each model: mean and deviation over the rounds."""
-    groups = defaultdict(list)
-    for key, row in kept.items():
-        if key.startswith(("passes", "whole")):
-            groups[row.get("name", row["model"])].append(row)
     lines: list[list[Any]] = [["model", "rounds", "a pass, s", "fit, s", "peak, GiB"]]
-    for model, found in groups.items():
-        seconds = spread([mean(row["pass_seconds"]) for row in found])
-        fits, peaks = ([row[name] for row in found] for name in ("fit_seconds", "peak_memory_gib"))
-        lines.append([model, len(found), seconds, spread(fits, 0), spread(peaks)])
+    timed = [
+        {"name": row["model"], "pass": mean(row["pass_seconds"])} | row
+        for key, row in kept.items()
+        if key.startswith(("passes", "whole"))
+    ]
+    columns = {"pass": 2, "fit_seconds": 0, "peak_memory_gib": 2}
+    for (name,), found in grouped(timed, "name").items():
+        cells = [spread([row[column] for row in found], digits) for column, digits in columns.items()]
+        lines.append([name, len(found), *cells])
     return markdown(lines)
 
 
-def draw(growth: list[dict[str, Any]]) -> Any:
+def draw(growth: list[Row]) -> plt.Figure:
     """Draw the growth of a pass with the number and the size of the images."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     axes[0].set(xlabel="training images at 256 x 256", ylabel="seconds a pass")
     axes[1].set(xlabel=f"image height and width, pixels ({IMAGES_AT_SIZES} images)")

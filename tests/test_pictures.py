@@ -3,21 +3,22 @@
 import sys
 
 import pytest
+from anomalib.data import MVTecAD
 
-from benchmarks.pictures import draw, main, predict
+from benchmarks.pictures import draw, main, predict, telling
 from stpm_plugin import STPM
 
 
-def test_a_row_for_each_case_and_a_column_for_each_model(trained, demo_root):
+def test_a_column_for_each_case_and_a_row_for_each_model(trained, demo_root):
     """Two surest, two least sure and two good images; image, truth, and two maps."""
     drawn = next(demo_root.glob("plate-*"))
-    cases = predict(STPM, trained[2], drawn)
+    cases = predict(STPM, trained[2], MVTecAD(demo_root, drawn.name))
     assert len(cases) == len(list(drawn.glob("test/*/*.png")))
     assert sum(case["bad"] for case in cases) == len(list(drawn.glob("ground_truth/*/*.png")))
-    figure = draw({"one": cases, "other": cases})
-    assert len(figure.axes) == 6 * 4
+    figure = draw({"one": cases, "other": cases}, telling(cases))
+    assert len(figure.axes) == 4 * 6
     surest = max((case for case in cases if case["bad"]), key=lambda case: case["score"])
-    assert figure.axes[2].get_xlabel() == f"{surest['score']:.2f}"
+    assert figure.axes[2 * 6].get_xlabel().endswith(f"{surest['score']:.2f}")
 
 
 def test_no_checkpoint_is_one_sentence(demo_root, tmp_path, monkeypatch):
