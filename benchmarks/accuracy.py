@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +40,8 @@ from benchmarks.training_speed import OTHERS, train
 
 LITE0 = {"backbone": "tf_efficientnet_lite0.in1k", "teacher_weights": "lite0"}
 MODELS = ("STPM", "STPM, lite0", "STPM, paper", *OTHERS)
-PASSES = {"anomalib Stfpm": 100, "anomalib PaDiM": 1, "anomalib PatchCore": 1}
+PASSES = dict.fromkeys(OTHERS, 1) | {"anomalib Stfpm": 100, "anomalib CFA": 30}
+PASSES |= dict.fromkeys(["anomalib ReverseDistillation", "anomalib FastFlow"], 200)
 SIX = ("screw", "bottle", "kolektor_sdd", "grid", "transistor", "toothbrush")
 LIGHT = {  # variants of `inference_speed.py light`: rows here, and their labels in the figure
     "lite0": ("STPM, lite0", "this plugin, Lite0"),
@@ -65,12 +65,11 @@ def main() -> None:
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--passes", type=int, help="of every model; by default each model's own")
     options.add_argument("--ray", metavar="ADDRESS", help="spread the runs over a Ray cluster")
-    options.add_argument("--checkpoints", type=Path, help="folder to keep the trained models in")
     args = options.parse_args()
     file = args.results / "accuracy.json"
     if args.part == "run":
         wanted = dict(missing(file, jobs(args)))
-        here = ((key, run(key, job, args)) for key, job in wanted.items())
+        here = ((key, run(job, args)) for key, job in wanted.items())
         for key, row in spread_out(wanted, args) if args.ray else here:
             keep(file, key, row)
     table(rows(file), file)
@@ -80,20 +79,16 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, Row]]:
     """Yield the name and the settings of each run; a seed's models follow each other."""
     for category, seed, model in itertools.product(args.categories, args.seeds, args.models):
         passes = args.passes or PASSES.get(model)
-        name = f"{model}, {passes} passes" if model == "anomalib Stfpm" else model
+        name = f"{model}, {passes} passes" if passes and passes > 1 else model
         job = {"model": model, "name": name, "root": str(category.absolute().parent), "category": category.name}
         job |= {"epochs": passes, "seed": seed, "arguments": LITE0 if model == "STPM, lite0" else {}}
         yield f"{name}, {category.name}, seed {seed}", job
 
 
-def run(key: str, job: Row, args: argparse.Namespace) -> Row:
-    """Train and test once, and keep the checkpoint if it is wanted."""
+def run(job: Row, args: argparse.Namespace) -> Row:
+    """Train and test once."""
     with tempfile.TemporaryDirectory() as folder:
         row = train(job, args.teacher.resolve(), Path(folder))
-        if args.checkpoints:
-            args.checkpoints.mkdir(parents=True, exist_ok=True)
-            target = args.checkpoints / f"{key.replace(', ', '-').replace(' ', '-')}.ckpt"
-            shutil.move(next(Path(folder, "run").rglob("model.ckpt")), target)
     kept = {name: value for name, value in job.items() if name != "root"}  # a path of this machine
     return kept | row | environment("python -m benchmarks.accuracy")
 
@@ -104,7 +99,7 @@ def spread_out(wanted: dict[str, Row], args: argparse.Namespace) -> Iterator[tup
 
     ray.init(args.ray, ignore_reinit_error=True)
     remote = ray.remote(run).options(num_cpus=2, max_retries=3, scheduling_strategy="SPREAD")
-    waiting = {remote.remote(key, job, args): key for key, job in wanted.items()}
+    waiting = {remote.remote(job, args): key for key, job in wanted.items()}
     while waiting:
         (done,), _ = ray.wait(list(waiting))
         yield waiting.pop(done), ray.get(done)
@@ -136,7 +131,7 @@ def six(groups: Groups) -> list[list[str]]:
     for name in sorted({name for _, name in groups}):
         found = [groups[category, name] for category in SIX if (category, name) in groups]
         if len(found) == len(SIX):
-            means = [[mean(row[metric] for row in rows) for rows in found] for metric in ALL]
+            means = [[mean(row[metric] for row in rows if metric in row) for rows in found] for metric in ALL]
             seeds = sorted({len(rows) for rows in found})
             cells = [f"{mean(values):.4f} ({min(values):.3f})" for values in means]
             lines.append([name, " to ".join(map(str, seeds[:: max(1, len(seeds) - 1)])), *cells])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,9 +21,9 @@ ALL = METRICS | {f"{third}_SizedAUPRO": f"PRO, {third}" for third in THIRDS}  # 
 
 def draw(kept: dict[str, Row], results: Path) -> None:
     """Write ``questions.md`` and a figure for each question that has rows."""
-    colours = mpl.cycler(color=["#0072b2", "#009e73", "#e69f00", "#d55e00"])  # Okabe and Ito's, told apart by all eyes
+    okabe_ito = ["#0072b2", "#009e73", "#e69f00", "#d55e00", "#56b4e9", "#cc79a7"]  # told apart by all eyes
     mpl.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True})
-    mpl.rcParams.update({"axes.prop_cycle": colours, "legend.fontsize": 7, "lines.markersize": 3})
+    mpl.rcParams.update({"axes.prop_cycle": mpl.cycler(color=okabe_ito), "legend.fontsize": 7, "lines.markersize": 3})
     trained = [row | {"layers": tuple(row["layers"])} for row in kept.values() if "metrics" in row]
     trained = [row for row in trained if not row.get("distances")]
     usual = "imagenet" if any(row["teacher"] == "imagenet" for row in trained) else "cifar10"
@@ -46,18 +45,10 @@ def draw(kept: dict[str, Row], results: Path) -> None:
 
 
 def few(rows: Iterable[Row]) -> Series:
-    """Group runs by category and model, then by share of the images; STPM's by their length; all images alone: none."""
-    series: Series = defaultdict(lambda: defaultdict(list))
-    for (category,), part in grouped(rows, "category").items():
-        fewest = min(row["passes"] for row in part if row["model"] == "STPM")
-        for row in part:
-            names = [row["model"]]
-            if row["model"] == "STPM":
-                equal = {"STPM, equal passes": fewest, "STPM, equal steps": round(fewest * 100 / row["share"])}
-                names = [name for name, passes in equal.items() if row["passes"] == passes]
-            for name in names:
-                series[category, name][row["share"]].append(row)
-    return {key: dict(sorted(shares.items())) for key, shares in sorted(series.items()) if set(shares) != {100}}
+    """Group runs by category and model, then by share of the images; without those that saw all images alone."""
+    series = {key: grouped(found, "share") for key, found in sorted(grouped(rows, "category", "model").items())}
+    named = {key: {share: found for (share,), found in sorted(shares.items())} for key, shares in series.items()}
+    return {key: shares for key, shares in named.items() if set(shares) != {100}}
 
 
 def table(kept: dict[str, Row], series: Series) -> str:

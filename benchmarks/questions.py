@@ -7,8 +7,7 @@ Questions are `match` (does a student match?), `scales` (do several levels help?
 carry?) and `fewshot` (how many images are enough?). Data are folders in MVTec AD's layout. Each run is the real
 `anomalib train` in a fresh process; rows are written as they come to `results/questions.json`, and what has a row is
 not run again. `teachers` takes more teachers, weights of a ResNet-18, by `--teachers FILE`, named after what they were
-trained on (`mnist.safetensors`). The rows that are kept are of the defaults of their date: power -1/4 and the finest
-level at full weight.
+trained on (`mnist.safetensors`).
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ LAYERS = ("layer1", "layer2", "layer3")
 SUBSETS = [layers for count in (1, 2, 3) for layers in itertools.combinations(LAYERS, count)]
 TEACHERS = ("imagenet", "cifar10", "cifar100", "cifar10_shuffled", "mnist", "svhn", "random")
 SHARES = {5: 5, 10: 5, 20: 1, 50: 1, 100: 1}  # per cent of the normal training images: seeds
-PASSES = 12  # over all images, whatever the defaults are, so that rows stay comparable; equal steps: PASSES / share
+LOOKS = [1, 2, 3, 5, 8, 12, 25, 50, 75, 100]  # passes after which distances are counted
 GROUPS = ("training", "held out", "test, normal", "test, anomalous")
 THIRDS = ("small", "middle", "large")
 EDGES = torch.logspace(-4, 0.31, 121)  # of distances, up to 2
@@ -127,7 +126,7 @@ def main() -> None:
     options = parser(__doc__, [*QUESTIONS, "all", "figures"], "--teacher")
     options.add_argument("--data", nargs="*", type=Path, default=[], help="folders in MVTec AD's layout")
     options.add_argument("--teachers", nargs="*", type=Path, default=[], help="files of other teachers' weights")
-    options.add_argument("--passes", type=int, default=PASSES, help="over all images; another number for a trial")
+    options.add_argument("--passes", type=int, help="of STPM, for a trial; by default its own")
     options.add_argument("--size", type=int, default=256, help="of the images, pixels")
     args = options.parse_args()
     file = args.results / "questions.json"
@@ -159,7 +158,8 @@ def main() -> None:
 
 def name_of(job: Row) -> str:
     """Name a run by what it is, so that equal runs of two questions are one."""
-    words = [job["model"], job["category"], f"seed {job['seed']}", f"{job['share']} %", f"{job['passes']} passes"]
+    words = [job["model"], job["category"], f"seed {job['seed']}", f"{job['share']} %"]
+    words += [f"{job['passes']} passes"] if job["passes"] else []
     words += ["+".join(job["layers"]), job["teacher"], f"{job['size']} pixels"]
     return ", ".join(words) + (", distances" if job.get("distances") else "")
 
@@ -172,7 +172,7 @@ def jobs(question: str, args: argparse.Namespace, teachers: list[str]) -> Iterat
         base |= {"passes": args.passes, "layers": LAYERS}
         if question == "match":
             yield base | {"distances": True}
-            yield base | {"distances": True, "model": "STPM, paper", "passes": round(args.passes * 100 / PASSES)}
+            yield base | {"distances": True, "model": "STPM, paper"}
         elif question == "scales":
             yield from (base | {"layers": layers} for layers in SUBSETS)
         elif question == "teachers":
@@ -181,7 +181,6 @@ def jobs(question: str, args: argparse.Namespace, teachers: list[str]) -> Iterat
             for share, seed in ((share, seed) for share, seeds in SHARES.items() for seed in range(seeds)):
                 part = base | {"share": share, "seed": seed}
                 yield part
-                yield part | {"passes": round(args.passes * 100 / share)}
                 yield from (part | {"model": f"anomalib {name}", "passes": 1} for name in ("PaDiM", "PatchCore"))
 
 
@@ -197,8 +196,7 @@ def settings(job: Row, args: argparse.Namespace, folder: Path) -> Row:
         for third, low, high in zip(THIRDS, [0.0, *areas], [*areas, 2.0], strict=True)
     ]
     if job.get("distances"):
-        looks = sorted({1, 2, 3, 5, 8, 12, 25, 50, 75, args.passes, job["passes"]})
-        arguments = {"path": str(folder / "distances.json"), "passes": looks}
+        arguments = {"path": str(folder / "distances.json"), "passes": LOOKS}
         run["callbacks"] = [{"class_path": f"{NAME}.Distances", "init_args": arguments}]
     return run
 

@@ -31,6 +31,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 import yaml
 from anomalib import models
 from anomalib.models import AnomalibModule
@@ -48,6 +49,9 @@ OTHERS = {  # PatchCore with a tenth of its usual coreset, which would take hour
     "anomalib Stfpm": ("Stfpm", {}),
     "anomalib PaDiM": ("Padim", {"backbone": "resnet18"}),
     "anomalib PatchCore": ("Patchcore", {"backbone": "resnet18", "coreset_sampling_ratio": 0.01}),
+    "anomalib ReverseDistillation": ("ReverseDistillation", {"backbone": "resnet18"}),
+    "anomalib FastFlow": ("Fastflow", {"backbone": "resnet18"}),
+    "anomalib CFA": ("Cfa", {"backbone": "resnet18"}),
 }
 BACKBONES = {"resnet18": "resnet18.tv_in1k", "lite0": "tf_efficientnet_lite0.in1k"}
 ROUNDS = 3
@@ -224,7 +228,10 @@ def hub(teacher: Path, folder: Path) -> dict[str, str]:
         save_file({**timm.create_model("resnet18").state_dict(), **weights}, snapshot / "model.safetensors")
         (snapshot.parents[1] / "refs").mkdir()
         (snapshot.parents[1] / "refs/main").write_text("0")
-    return {"HF_HOME": str(folder / "home")}
+        torchvisions = folder / "home/hub/checkpoints/resnet18-f37072fd.pth"
+        torchvisions.parent.mkdir()
+        torch.save({**timm.create_model("resnet18").state_dict(), **weights}, torchvisions)
+    return {"HF_HOME": str(folder / "home"), "TORCH_HOME": str(folder / "home")}
 
 
 def use_hub(teacher: Path, folder: Path) -> None:

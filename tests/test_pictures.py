@@ -1,29 +1,18 @@
-"""The picture grid of `benchmarks.pictures`."""
+"""The README's picture."""
 
-import sys
+from conftest import TINY
 
-import pytest
-from anomalib.data import MVTecAD
-
-from benchmarks.pictures import draw, main, predict, telling
-from stpm_plugin import STPM
+from benchmarks.pictures import draw, of_kind, predict
+from stpm_plugin import DemoData
 
 
-def test_a_column_for_each_case_and_a_row_for_each_model(trained, demo_root):
-    """Two surest, two least sure and two good images; image, truth, and two maps."""
-    drawn = next(demo_root.glob("plate-*"))
-    cases = predict(STPM, trained[2], MVTecAD(demo_root, drawn.name))
-    assert len(cases) == len(list(drawn.glob("test/*/*.png")))
-    assert sum(case["bad"] for case in cases) == len(list(drawn.glob("ground_truth/*/*.png")))
-    figure = draw({"one": cases, "other": cases}, telling(cases))
-    assert len(figure.axes) == 4 * 6
-    surest = max((case for case in cases if case["bad"]), key=lambda case: case["score"])
-    assert figure.axes[2 * 6].get_xlabel().endswith(f"{surest['score']:.2f}")
-
-
-def test_no_checkpoint_is_one_sentence(demo_root, tmp_path, monkeypatch):
-    drawn = next(demo_root.glob("plate-*"))
-    monkeypatch.setattr(sys, "argv", ["pictures", str(drawn), "--checkpoints", str(tmp_path)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert str(ended.value).startswith(f"{tmp_path} holds no MODEL-{drawn.name}-seed-0.ckpt")
+def test_a_column_for_each_case(trained, demo_root):
+    """Image, truth, and map with the verdict and the image score below it."""
+    cases = predict(trained[2], DemoData(root=demo_root, val_split_mode="none", **TINY))
+    assert len(cases) == len(list(demo_root.glob("*/test/*/*.png")))
+    good = of_kind(cases, "good")
+    assert len(good) == len(list(demo_root.glob("*/test/good/*.png")))
+    figure = draw(cases[:3])
+    assert len(figure.axes) == 3 * 3
+    assert [axis.get_title() for axis in figure.axes[:3]] == [case["kind"].replace("_", " ") for case in cases[:3]]
+    assert figure.axes[-1].get_xlabel().endswith(f", {cases[2]['score']:.2f}")
