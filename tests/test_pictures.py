@@ -11,7 +11,7 @@ from stpm_plugin import STPM
 def test_a_row_for_each_case_and_a_column_for_each_model(trained, demo_root):
     """Two surest, two least sure and two good images; image, truth, and two maps."""
     drawn = next(demo_root.glob("plate-*"))
-    cases = predict(STPM, trained[2], drawn)
+    cases = predict(STPM, trained, drawn)
     assert len(cases) == len(list(drawn.glob("test/*/*.png")))
     assert sum(case["bad"] for case in cases) == len(list(drawn.glob("ground_truth/*/*.png")))
     figure = draw({"one": cases, "other": cases})
