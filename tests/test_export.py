@@ -12,11 +12,12 @@ from anomalib.engine import Engine
 from conftest import fit, loaded
 from PIL import Image
 
-from stpm_plugin import STPMPostProcessor
+from stpm_plugin import STPMModel, STPMPostProcessor
 from stpm_plugin.deployment.int8 import outside_the_backbones, same_labels
 from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.errors import STPMError
 from stpm_plugin.false_alarms import limit
+from stpm_plugin.training.guards import out_of_place
 
 SIZES = [(64, 64), (101, 77), (200, 131)]
 
@@ -197,6 +198,21 @@ def test_int8_with_control_goes_back_to_float_until_held_out_maps_agree(demo, tm
     model.data_record = replace(model.data_record, held_out=[])
     with pytest.raises(STPMError, match="use INT8_PTQ"):
         model.to_openvino(tmp_path, compression_type=CompressionType.INT8_ACQ, datamodule=demo)
+
+
+def test_activations_write_in_place_again_after_an_export_that_failed():
+    network = STPMModel("tf_efficientnet_lite0")
+    before = [getattr(part, "inplace", None) for part in network.modules()]
+    assert True in before
+
+    def fail():
+        with out_of_place(network):
+            assert not any(getattr(part, "inplace", False) for part in network.modules())
+            raise RuntimeError("failed")
+
+    with pytest.raises(RuntimeError, match="failed"):
+        fail()
+    assert [getattr(part, "inplace", None) for part in network.modules()] == before
 
 
 def test_a_full_disk_is_said_before_the_export(trained, tmp_path, monkeypatch):
