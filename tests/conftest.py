@@ -14,10 +14,12 @@ import csv
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import warm
+from filelock import FileLock
 from PIL import Image
 
 # A shell that starts the tests in the background leaves Ctrl-C ignored, in all processes that they start too.
@@ -30,6 +32,7 @@ TINY = {"train_images": 10, "test_images": 2, "num_workers": 0, "train_batch_siz
 MODEL = {
     "backbone": "resnet18",
     "teacher_weights": str(TEACHER),
+    "layers": ["layer1", "layer2"],  # a quarter of the default's weights to draw, train and save
     "image_size": (64, 64),
     "batch_size": None,
     "schedule": "constant",
@@ -40,6 +43,14 @@ MODEL = {
 NUMBERED = [(64, 64), (64, 64), (101, 77), (64, 64), (200, 131)]  # sizes of the numbered images
 
 
+LONG = ("test_tutorial", "test_cluster", "test_many_processes", "test_host")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of the longest tests, so that none is left to one process when the other has no more."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run each test in a directory of its own."""
@@ -47,13 +58,29 @@ def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A function that returns a folder of a name, which one of pytest's processes fills and all others wait for."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the processes' folders lie side by side
+
+    def made(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = base / "once" / name, base / "once" / f"{name}.done"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                fill(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def demo_root(once) -> Path:
     """Root of the tiny demo data, drawn once."""
     from stpm_plugin import DemoData
 
-    root = tmp_path_factory.mktemp("demo")
-    DemoData(root=root, **TINY).prepare_data()
-    return root
+    return once("demo", lambda root: DemoData(root=root, **TINY).prepare_data())
 
 
 @pytest.fixture
@@ -65,31 +92,66 @@ def demo(demo_root: Path):
 
 
 @pytest.fixture(scope="session")
-def trained(demo_root: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A model trained for three epochs, its engine, and its checkpoint."""
+def trained(once, demo_root: Path) -> Path:
+    """The checkpoint of a model of the default's three levels, trained for three epochs."""
     from stpm_plugin import DemoData
 
-    engine, model = fit(DemoData(root=demo_root, **TINY), tmp_path_factory.mktemp("trained"), 3)
-    return model, engine, Path(engine.best_model_path)
+    return checkpoint_in(once("trained", lambda out: fit(DemoData(root=demo_root, **TINY), out, 3, layers=None)))
 
 
 @pytest.fixture(scope="session")
-def exported(trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An OpenVINO file of the trained model."""
+def exported(once, trained: Path) -> Path:
+    """An OpenVINO file of the trained model, for images of any size."""
+    return exported_in(once("exported", lambda out: loaded(trained).to_openvino(out)))
+
+
+@pytest.fixture(scope="session")
+def exported_for_one_size(once, trained: Path) -> Path:
+    """An OpenVINO file of the trained model, for images of 64 x 64 alone."""
+    return exported_in(once("exported_64", lambda out: loaded(trained).to_openvino(out, input_size=(64, 64))))
+
+
+@pytest.fixture(scope="session")
+def exported_to_onnx(once, trained: Path) -> Path:
+    """An ONNX file of the trained model, with its thresholds, by `Engine.export`."""
+    from anomalib.engine import Engine
+
     from stpm_plugin import STPM
 
-    model = STPM.load_from_checkpoint(trained[2])
-    return model.to_openvino(tmp_path_factory.mktemp("exported"))
+    def export(folder: Path) -> None:
+        engine = Engine(default_root_dir=folder, accelerator="cpu", logger=False)
+        engine.export(STPM(), "onnx", export_root=folder, ckpt_path=trained)
+
+    return once("exported_onnx", export) / "weights/onnx/model.onnx"
 
 
 @pytest.fixture(scope="session")
-def numbered_images(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def numbered_images(once, demo_root: Path) -> Path:
     """Drawn images of several sizes, good and bad, numbered so that names and numbers sort apart."""
-    folder = tmp_path_factory.mktemp("images")
-    drawn = sorted(demo_root.glob("*/test/*/*.png"))
-    for index, (height, width) in enumerate(NUMBERED):
-        Image.open(drawn[2 * index]).convert("RGB").resize((width, height)).save(folder / f"frame {index + 7}.png")
-    return folder
+
+    def fill(folder: Path) -> None:
+        drawn = sorted(demo_root.glob("*/test/*/*.png"))
+        for index, (height, width) in enumerate(NUMBERED):
+            Image.open(drawn[2 * index]).convert("RGB").resize((width, height)).save(folder / f"frame {index + 7}.png")
+
+    return once("numbered", fill)
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The checkpoint of the one run in a folder."""
+    return next(folder.rglob("model.ckpt"))
+
+
+def exported_in(folder: Path) -> Path:
+    """The OpenVINO file of the one export to a folder."""
+    return folder / "weights/openvino/model.xml"
+
+
+def loaded(checkpoint: Path):
+    """A checkpoint's model."""
+    from stpm_plugin import STPM
+
+    return STPM.load_from_checkpoint(checkpoint, map_location="cpu")
 
 
 def rows(table: Path) -> list[dict[str, str]]:

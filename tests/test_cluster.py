@@ -7,7 +7,6 @@ import psutil
 import pytest
 from conftest import rows, run
 
-from stpm_plugin import STPM
 from stpm_plugin.commands.entry import main as stpm
 
 pytest.importorskip("ray", reason="the extra `cluster` is not installed")
@@ -62,13 +61,16 @@ def test_a_lost_workers_images_are_scored_again(address, exported, numbered_imag
         assert float(here["score"]) == pytest.approx(float(there["score"]), rel=1e-3, abs=1e-4)
 
 
-def test_weights_beside_an_onnx_file_are_sent_along(address, trained, numbered_images, tmp_path):
+def test_weights_beside_an_onnx_file_are_sent_along(address, exported_to_onnx, numbered_images, tmp_path):
     import onnx
 
-    plain = STPM.load_from_checkpoint(trained[2]).to_onnx(tmp_path)
     external = tmp_path / "external.onnx"
     onnx.save_model(
-        onnx.load(plain), external, save_as_external_data=True, location="external.onnx.data", size_threshold=0
+        onnx.load(exported_to_onnx),
+        external,
+        save_as_external_data=True,
+        location="external.onnx.data",
+        size_threshold=0,
     )
     for table, ray in (("here.csv", []), ("there.csv", ["--ray", address])):
         command = ["score", str(external), str(numbered_images), "--csv", str(tmp_path / table)]

@@ -1,6 +1,7 @@
 """The command `stpm`: its help, its mistakes, and the way from a folder of good images to a report."""
 
 import dataclasses
+import functools
 import re
 import shutil
 import subprocess
@@ -35,21 +36,28 @@ LITTLE = ["--teacher", str(TEACHER), *SMALL]
 
 
 @pytest.fixture(scope="module")
-def place(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(once, demo_root: Path) -> Path:
     """A folder as a newcomer has it: good images, bad ones by their kinds, junk."""
-    drawn, folder = next(demo_root.glob("plate-*")), tmp_path_factory.mktemp("place")
-    shutil.copytree(drawn / "train/good", folder / "parts")
-    for kind in ("good", "dent", "chip"):
-        shutil.copytree(drawn / "test" / kind, folder / "bad" / kind)
-    (folder / "parts/notes.txt").write_text("junk")
-    return folder
+
+    def fill(folder: Path) -> None:
+        drawn = next(demo_root.glob("plate-*"))
+        shutil.copytree(drawn / "train/good", folder / "parts")
+        for kind in ("good", "dent", "chip"):
+            shutil.copytree(drawn / "test" / kind, folder / "bad" / kind)
+        (folder / "parts/notes.txt").write_text("junk")
+
+    return once("place", fill)
 
 
 @pytest.fixture(scope="module")
-def trained_run(place: Path) -> tuple[Path, str]:
+def trained_run(once, place: Path) -> tuple[Path, str]:
     """The folder of a run of `stpm train`, and what the command said."""
-    said = command("stpm", "train", "parts", "--bad", "bad", "--name", "plates", *LITTLE, cwd=place)
-    return place / "results/STPM/plates/latest", said
+
+    def train(folder: Path) -> None:
+        said = command("stpm", "train", "parts", "--bad", "bad", "--name", "plates", *LITTLE, cwd=place)
+        (folder / "said").write_text(said)
+
+    return place / "results/STPM/plates/latest", (once("said", train) / "said").read_text()
 
 
 # Help
@@ -62,7 +70,13 @@ def test_each_option_is_explained(name):
         literal = get_args(field.type) or field.name == "name"
         assert not field.init or literal or field.name.replace("_", "-") in shown.replace("_", "-")
     assert "<class" not in shown
-    assert entry.COMMANDS[name][1] in run("-m", "stpm_plugin.commands", "--help").replace("\n" + 24 * " ", " ")
+    assert entry.COMMANDS[name][1] in general_help()
+
+
+@functools.cache
+def general_help() -> str:
+    """What `stpm --help` prints, without line breaks within a sentence."""
+    return run("-m", "stpm_plugin.commands", "--help").replace("\n" + 24 * " ", " ")
 
 
 def test_version_and_the_old_forms(exported, numbered_images, tmp_path):

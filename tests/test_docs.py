@@ -46,7 +46,7 @@ def place(demo_root: Path, trained, exported: Path, tmp_path: Path) -> dict[str,
     return {
         "DIR": "data",
         "parts": "parts",
-        "CKPT": str(trained[2]),
+        "CKPT": str(trained),
         "MODEL.xml": str(exported),
         "IMAGES": str(drawn / "test/good"),
         "FILE": str(TEACHER),

@@ -8,7 +8,7 @@ from stpm_plugin.commands.entry import main as stpm
 
 
 def test_pictures_of_images_scores_and_training(trained, demo_root, tmp_path):
-    checkpoint = str(trained[2])
+    checkpoint = str(trained)
     images = str(next(demo_root.glob("*/test")))
     assert stpm(["explain", checkpoint, images, "--out", "there", "--most", "3"]) == 0
     names = sorted(path.name for path in (tmp_path / "there").iterdir())
@@ -22,14 +22,12 @@ def test_pictures_of_images_scores_and_training(trained, demo_root, tmp_path):
 
 def test_images_that_trained_the_model_are_told_apart(trained, demo_root, tmp_path, capsys):
     drawn = str(next(demo_root.glob("plate-*")))
-    assert (
-        stpm(["explain", str(trained[2]), f"{drawn}/train", f"{drawn}/test/dent", "--out", "there", "--most", "1"]) == 0
-    )
+    assert stpm(["explain", str(trained), f"{drawn}/train", f"{drawn}/test/dent", "--out", "there", "--most", "1"]) == 0
     assert "8 of the images trained the model" in capsys.readouterr().out
 
 
 def test_levels_multiply_to_the_map(trained, demo_root):
-    model = STPM.load_from_checkpoint(trained[2]).eval()
+    model = STPM.load_from_checkpoint(trained).eval()
     path = next(demo_root.glob("*/test/dent/*.png"))
     image = cv2.imread(str(path))
     levels = [torch.from_numpy(level) for level in explain.look(model, str(path), image).levels]
@@ -39,6 +37,6 @@ def test_levels_multiply_to_the_map(trained, demo_root):
 
 
 def test_a_checkpoint_keeps_the_curve(trained):
-    kept = torch.load(trained[2], weights_only=True)["stpm"]
+    kept = torch.load(trained, weights_only=True)["stpm"]
     assert len(kept["scores"]) == 3
     assert kept["scores"][kept["epoch"]] == min(kept["scores"]) == kept["score"]

@@ -9,14 +9,15 @@ import torch
 from anomalib.data import PredictDataset
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
-from conftest import fit
+from conftest import fit, loaded
 from PIL import Image
 
-from stpm_plugin import STPM, STPMPostProcessor
+from stpm_plugin import STPMModel, STPMPostProcessor
 from stpm_plugin.deployment.int8 import outside_the_backbones, same_labels
 from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.errors import STPMError
 from stpm_plugin.false_alarms import limit
+from stpm_plugin.training.guards import out_of_place
 
 SIZES = [(64, 64), (101, 77), (200, 131)]
 
@@ -31,18 +32,17 @@ def images(tmp_path_factory):
     return folder
 
 
-def test_engine_torch_and_onnx_agree_on_odd_sizes(trained, images, tmp_path, monkeypatch):
+def test_engine_torch_and_onnx_agree_on_odd_sizes(trained, exported_to_onnx, images, tmp_path, monkeypatch):
     import onnxruntime
     from anomalib.deploy import TorchInferencer
 
-    model, _, checkpoint = trained
+    model, checkpoint = loaded(trained), trained
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
     predictions = engine.predict(model, dataset=PredictDataset(images), ckpt_path=checkpoint)
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     torch_file = engine.export(model, "torch", export_root=tmp_path, ckpt_path=checkpoint)
     inferencer = TorchInferencer(torch_file, device="cpu")
-    onnx_file = engine.export(model, "onnx", export_root=tmp_path, ckpt_path=checkpoint)
-    session = onnxruntime.InferenceSession(onnx_file)
+    session = onnxruntime.InferenceSession(exported_to_onnx)
     for prediction in predictions:
         path = prediction.image_path[0]
         by_torch = inferencer.predict(path)
@@ -65,25 +65,16 @@ def test_engine_torch_and_onnx_agree_on_odd_sizes(trained, images, tmp_path, mon
         assert bool(prediction.pred_label) == bool(by_torch.pred_label) == bool(by_onnx["pred_label"].item())
 
 
-@pytest.fixture(scope="module")
-def fixed(trained, tmp_path_factory):
-    """An OpenVINO file for images of 64 x 64 alone."""
-    model = STPM.load_from_checkpoint(trained[2])
-    return model.to_openvino(tmp_path_factory.mktemp("fixed"), input_size=(64, 64))
-
-
-def test_openvino_agrees_through_every_door(trained, exported, fixed, numbered_images, tmp_path):
+def test_openvino_agrees_through_every_door(trained, exported, exported_for_one_size, numbered_images, tmp_path):
     import openvino as ov
     from anomalib.deploy import OpenVINOInferencer
 
-    checkpoint = trained[2]
-    model = STPM.load_from_checkpoint(checkpoint)
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
-    predictions = engine.predict(model, dataset=PredictDataset(numbered_images), ckpt_path=checkpoint)
+    predictions = engine.predict(loaded(trained), dataset=PredictDataset(numbered_images), ckpt_path=trained)
     float32 = {"INFERENCE_PRECISION_HINT": "f32"}
     inferencer = OpenVINOInferencer(exported, config=float32)
     compiled = ov.compile_model(exported, "CPU", float32)
-    scorer = Scorer(fixed, hint="latency")
+    scorer = Scorer(exported_for_one_size, hint="latency")
     for prediction in predictions:
         rgb = np.asarray(Image.open(prediction.image_path[0]).convert("RGB"))
         pixels = (rgb / np.float32(255)).transpose(2, 0, 1)
@@ -129,8 +120,7 @@ def rounded_inputs(network):
 def test_int8_rounds_the_backbones_alone_sets_thresholds_anew_and_lies_beside_float(trained, exported, demo, tmp_path):
     import openvino as ov
 
-    model, _, checkpoint = trained
-    model = STPM.load_from_checkpoint(checkpoint)
+    model = loaded(trained)
     model.post_processor = STPMPostProcessor(normal_quantile=0.75)
     model.post_processor.set_from_normal_images(*torch.full((2, 4), 1e-3))  # thresholds that are far off
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
@@ -196,7 +186,7 @@ def test_the_threshold_of_a_rounded_model_repeats_the_float_labels():
 
 def test_int8_needs_normal_images_and_says_so(trained, tmp_path):
     with pytest.raises(STPMError, match="name them with --data"):
-        trained[0].to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
+        loaded(trained).to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
 
 
 def test_int8_with_control_goes_back_to_float_until_held_out_maps_agree(demo, tmp_path):
@@ -210,7 +200,23 @@ def test_int8_with_control_goes_back_to_float_until_held_out_maps_agree(demo, tm
         model.to_openvino(tmp_path, compression_type=CompressionType.INT8_ACQ, datamodule=demo)
 
 
+def test_activations_write_in_place_again_after_an_export_that_failed():
+    network = STPMModel("tf_efficientnet_lite0")
+    before = [getattr(part, "inplace", None) for part in network.modules()]
+    assert True in before
+
+    def fail():
+        with out_of_place(network):
+            assert not any(getattr(part, "inplace", False) for part in network.modules())
+            raise RuntimeError("failed")
+
+    with pytest.raises(RuntimeError, match="failed"):
+        fail()
+    assert [getattr(part, "inplace", None) for part in network.modules()] == before
+
+
 def test_a_full_disk_is_said_before_the_export(trained, tmp_path, monkeypatch):
+    model = loaded(trained)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
     with pytest.raises(STPMError, match=r"the model may take 2\d MiB and the disk of .*out has 1: make room"):
-        trained[0].to_openvino(tmp_path / "out")
+        model.to_openvino(tmp_path / "out")

@@ -1,4 +1,5 @@
 import pickle
+import time
 
 import pytest
 import timm
@@ -236,4 +237,6 @@ def test_a_hub_that_answers_is_reachable(status, monkeypatch):
         monkeypatch.setattr(teacher_weights.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
         Thread(target=server.handle_request, daemon=True).start()
         assert teacher_weights.hub_reachable()
-    assert not teacher_weights.hub_reachable()  # refused at once: nobody listens any more
+    asked = time.monotonic()
+    assert not teacher_weights.hub_reachable()  # nobody listens any more
+    assert time.monotonic() - asked < teacher_weights.PATIENCE  # refused at once

@@ -101,12 +101,13 @@ def test_no_broken_installation_stops_its_host(file, content, said, warnings, tm
 
 
 @pytest.fixture(scope="module")
-def commanded(demo_root, tmp_path_factory) -> Path:
+def commanded(once, demo_root) -> Path:
     """Folder of a run of `anomalib train --model STPM`."""
-    folder = tmp_path_factory.mktemp("commanded")
-    output = anomalib("train", "--model", "STPM", *SMALL, *data(demo_root), *ONE_EPOCH, cwd=folder)
-    assert "image_AUROC" in output
-    return next(folder.glob("results/STPM/DemoData/*/v0"))
+
+    def train(folder: Path) -> None:
+        assert "image_AUROC" in anomalib("train", "--model", "STPM", *SMALL, *data(demo_root), *ONE_EPOCH, cwd=folder)
+
+    return next(once("commanded", train).glob("results/STPM/DemoData/*/v0"))
 
 
 def test_saved_config_names_the_package_and_repeats_the_run(commanded, tmp_path):

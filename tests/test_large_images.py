@@ -12,7 +12,7 @@ import pytest
 import torch
 from anomalib.data import Folder, PredictDataset
 from anomalib.engine import Engine
-from conftest import TINY, command, fit
+from conftest import checkpoint_in, command, exported_in, fit, loaded
 from PIL import Image
 
 from stpm_plugin import STPM, DemoData, OpenVINOExport, STPMModel, STPMPreProcessor
@@ -144,16 +144,19 @@ def test_crops_reach_every_corner_and_depend_on_their_numbers_alone():
 
 
 @pytest.fixture(scope="module")
-def own_size(tmp_path_factory):
-    """A model trained on images of uneven sizes, its engine and data."""
-    root = tmp_path_factory.mktemp("uneven")
-    rng = np.random.default_rng(0)
-    for kind, count in (("good", 6), ("bad", 2)):
-        (root / kind).mkdir()
-        for index in range(count):
-            size = (int(rng.integers(150, 260)), int(rng.integers(150, 260)))
-            image = cv2.resize(rng.integers(0, 255, (9, 9, 3), np.uint8), size[::-1])
-            Image.fromarray(image).save(root / kind / f"{index}.png")
+def own_size(once):
+    """A model trained on images of uneven sizes, its checkpoint and data."""
+
+    def draw(root):
+        rng = np.random.default_rng(0)
+        for kind, count in (("good", 6), ("bad", 2)):
+            (root / kind).mkdir()
+            for index in range(count):
+                size = (int(rng.integers(150, 260)), int(rng.integers(150, 260)))
+                image = cv2.resize(rng.integers(0, 255, (9, 9, 3), np.uint8), size[::-1])
+                Image.fromarray(image).save(root / kind / f"{index}.png")
+
+    root = once("uneven", draw)
 
     def data():
         return Folder(
@@ -161,21 +164,20 @@ def own_size(tmp_path_factory):
             val_split_mode="none",
         )  # fmt: skip
 
-    engine, trained = fit(data(), tmp_path_factory.mktemp("run"), 2, visualizer=False, **OWN_SIZE)
-    return trained, engine, data, root
+    checkpoint = checkpoint_in(once("own_size", lambda out: fit(data(), out, 2, visualizer=False, **OWN_SIZE)))
+    return loaded(checkpoint), checkpoint, data, root
 
 
 @pytest.fixture(scope="module")
-def own_size_exported(own_size, tmp_path_factory):
+def own_size_exported(once, own_size):
     """An OpenVINO file of it, for images of all sizes."""
-    return STPM.load_from_checkpoint(own_size[1].best_model_path).to_openvino(tmp_path_factory.mktemp("exported"))
+    return exported_in(once("own_size_exported", lambda out: loaded(own_size[1]).to_openvino(out)))
 
 
 def test_every_route_gives_one_verdict_at_the_images_own_size(own_size, own_size_exported, tmp_path, monkeypatch):
     """Whole and in windows, by Engine and by OpenVINO, float and rounded."""
-    trained, engine, data, root = own_size
+    trained, checkpoint, data, root = own_size
     files = sorted((root / "bad").iterdir()) + sorted((root / "good").iterdir())[:1]
-    checkpoint = engine.best_model_path
     by_engine = {
         one.image_path[0]: one
         for one in Engine(accelerator="cpu", logger=False, default_root_dir=tmp_path).predict(
@@ -271,15 +273,15 @@ def test_what_cannot_train_at_its_own_size_is_said(settings, words, own_size, tm
         fit(data, tmp_path, 1, visualizer=False, **{**OWN_SIZE, **settings})
 
 
-def test_a_stated_size_against_the_checkpoints_is_refused(own_size, trained, tmp_path):
-    checkpoint = own_size[1].best_model_path
+def test_a_stated_size_against_the_checkpoints_is_refused(own_size, trained, demo, tmp_path):
+    checkpoint = own_size[1]
     assert STPM.load_from_checkpoint(checkpoint).network_size is None
     with pytest.raises(STPMError, match=r"image_size=\(32, 32\) was stated.* of their own size"):
         STPM(image_size=(32, 32)).load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     with pytest.raises(STPMError, match=r"image_size=None was stated.* of 64 x 64 pixels"):
-        STPM.load_from_checkpoint(trained[2], image_size=None)
+        STPM.load_from_checkpoint(trained, image_size=None)
     with pytest.raises(STPMError, match="trained on images at their own size: state image_size null to resume it"):
-        fit(DemoData(root=tmp_path, **TINY), tmp_path, 3, ckpt_path=checkpoint, image_size=(256, 256))
+        fit(demo, tmp_path, 3, ckpt_path=checkpoint, image_size=(256, 256))
 
 
 def test_what_pads_by_the_size_is_exported_for_one_alone(own_size, tmp_path):

@@ -33,10 +33,8 @@ def command(root: Path, folder: Path, processes: int, epochs: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("demo21")
-    DemoData(root=folder, **IMAGES).prepare_data()
-    return folder
+def root(once) -> Path:
+    return once("demo21", lambda folder: DemoData(root=folder, **IMAGES).prepare_data())
 
 
 def environment() -> dict[str, str]:

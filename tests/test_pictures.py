@@ -8,7 +8,7 @@ from stpm_plugin import DemoData
 
 def test_a_column_for_each_case(trained, demo_root):
     """Image, truth, and map with the verdict and the image score below it."""
-    cases = predict(trained[2], DemoData(root=demo_root, val_split_mode="none", **TINY))
+    cases = predict(trained, DemoData(root=demo_root, val_split_mode="none", **TINY))
     assert len(cases) == len(list(demo_root.glob("*/test/*/*.png")))
     good = of_kind(cases, "good")
     assert len(good) == len(list(demo_root.glob("*/test/good/*.png")))

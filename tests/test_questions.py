@@ -45,7 +45,7 @@ def test_a_question_runs_what_it_lacks_and_keeps_its_rows(demo_root: Path, tmp_p
 
 def test_distances_are_looked_at_before_and_after_passes(demo, tmp_path: Path) -> None:
     """The callback of `match`: a student's distances fall, and shares add up to one."""
-    fit(demo, tmp_path, 8, trainer={"callbacks": [Distances(str(tmp_path / "looks.json"), [8], most=3)]})
+    fit(demo, tmp_path, 8, layers=None, trainer={"callbacks": [Distances(str(tmp_path / "looks.json"), [8], most=3)]})
     before, after = json.loads((tmp_path / "looks.json").read_text())
     assert (before["passes"], after["passes"]) == (0, 8)
     shares = [torch.tensor(look["shares"]) for look in (before, after)]  # (groups, levels + 1, bins)

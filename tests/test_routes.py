@@ -10,7 +10,7 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
-from conftest import command, fit, run
+from conftest import checkpoint_in, command, fit, loaded
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from safetensors.torch import save_file
@@ -72,6 +72,7 @@ def verdicts(found: dict) -> Verdicts:
 class Trained(NamedTuple):
     """A trained model whose every setting differs from the default, and what `Engine.test` said when it was trained."""
 
+    kind: str
     checkpoint: Path
     root: Path
     expected: Verdicts
@@ -94,10 +95,12 @@ def folder(root: Path) -> Folder:
 
 
 @pytest.fixture(scope="session")
-def root(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(once, demo_root: Path) -> Path:
     """Ten good images to train on, and six of as many sizes to test, the bad ones with a patch of noise."""
-    root = tmp_path_factory.mktemp("routes")
-    drawn = next(demo_root.glob("plate*"))
+    return once("routes", lambda root: draw(root, next(demo_root.glob("plate*"))))
+
+
+def draw(root: Path, drawn: Path) -> None:
     shutil.copytree(drawn / "train/good", root / "train")
     (root / "masks").mkdir()
     for index, (size, path) in enumerate(zip(SIZES, sorted(drawn.glob("test/*/*.png"))[::2], strict=True)):
@@ -110,7 +113,6 @@ def root(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             image[mask > 0] = np.random.default_rng(index).integers(0, 255, image[mask > 0].shape)
             Image.fromarray(mask).save(root / f"masks/{index}.png")
         Image.fromarray(image).save(kind / f"{index}.png")
-    return root
 
 
 def fit_different(kind: str, root: Path, out: Path) -> tuple[Engine, STPM]:
@@ -131,15 +133,19 @@ def fit_different(kind: str, root: Path, out: Path) -> tuple[Engine, STPM]:
 
 
 @pytest.fixture(scope="session", params=["quantile", "best F1"])
-def different(request: pytest.FixtureRequest, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    out = tmp_path_factory.mktemp("different")
-    engine, model = fit_different(request.param, root, out)
-    recorder = Recorder()
-    Engine(callbacks=[recorder], default_root_dir=out, **CPU).test(model, datamodule=folder(root), verbose=False)
-    expected = verdicts(recorder.found)
+def different(request: pytest.FixtureRequest, once, root: Path) -> Trained:
+    def train(out: Path) -> None:
+        _, model = fit_different(request.param, root, out)
+        recorder = Recorder(str(out / "found.json"))
+        tests = Engine(callbacks=[recorder], default_root_dir=out / "tests", **CPU)
+        tests.test(model, datamodule=folder(root), verbose=False)
+
+    out = once(request.param, train)
+    found = json.loads((out / "found.json").read_text())
+    expected = verdicts(found)
     assert {one.label for one in expected.values()} == {True, False}
     assert any(0 < one.mask.mean() < 1 for one in expected.values())
-    return Trained(Path(engine.best_model_path), root, expected, recorder.found["thresholds"])
+    return Trained(request.param, checkpoint_in(out), root, expected, found["thresholds"])
 
 
 def agree(trained: Trained, found: Verdicts, masks: float = 0, rtol: float = 1e-3, atol: float = 1e-4) -> None:
@@ -182,16 +188,8 @@ def test_engine_with_a_bare_model(different, command, by, tmp_path):
     assert recorder.found["thresholds"] == different.thresholds
 
 
-COMMANDS = """
-import json, sys
-from anomalib.cli.cli import main
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["anomalib", *arguments]
-    main()
-"""
-
-
-def test_commands_with_a_bare_model(different, tmp_path):
+def test_commands_with_a_bare_model(different, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))  # where the recorder is
     split = {"name": "routes", "normal_dir": "train", "abnormal_dir": "tested/bad", "normal_test_dir": "tested/good"}
     split |= {
         "mask_dir": "masks",
@@ -204,16 +202,12 @@ def test_commands_with_a_bare_model(different, tmp_path):
         "predict": [str(different.root / "tested")],
         "test": ["anomalib.data.Folder", *(f"--data.{name}={value}" for name, value in split.items())],
     }
-    commands = [
-        [
-            command, "--model", "STPM", "--ckpt_path", str(different.checkpoint), "--data", *given,
+    for name, given in data.items():
+        command(
+            "anomalib", name, "--model", "STPM", "--ckpt_path", str(different.checkpoint), "--data", *given,
             "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
-            "--trainer.callbacks+", "test_routes.Recorder", "--trainer.callbacks.path", f"{command}.json",
-        ]
-        for command, given in data.items()
-    ]  # fmt: skip
-    run("-c", COMMANDS, json.dumps(commands), env={"PYTHONPATH": str(TESTS)}, cwd=tmp_path)
-    for name in data:
+            "--trainer.callbacks+", "test_routes.Recorder", "--trainer.callbacks.path", f"{name}.json", cwd=tmp_path,
+        )  # fmt: skip
         found = json.loads((tmp_path / f"{name}.json").read_text())
         agree(different, verdicts(found), **EAGER)
         assert found["thresholds"] == different.thresholds
@@ -244,13 +238,15 @@ def test_in_python_without_an_engine(different):
 
 
 @pytest.fixture(scope="session")
-def exports(different, tmp_path_factory) -> tuple[Trained, Path]:
+def exports(once, different) -> tuple[Trained, Path]:
     """The folder that holds each export of the model."""
-    out = tmp_path_factory.mktemp("exports")
-    model = STPM.load_from_checkpoint(different.checkpoint)
-    for export in (model.to_torch, model.to_onnx, model.to_openvino):
-        export(out)
-    return different, out / "weights"
+
+    def export(out: Path) -> None:
+        model = loaded(different.checkpoint)
+        for export_to in (model.to_torch, model.to_onnx, model.to_openvino):
+            export_to(out)
+
+    return different, once(f"{different.kind} exported", export) / "weights"
 
 
 ROUNDED = 0.001  # share of a mask's pixels that lie so near the threshold that another runtime may decide otherwise

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-import conftest
 import numpy as np
 import pytest
 import torch
@@ -14,7 +13,7 @@ from anomalib.engine import Engine
 from anomalib.metrics import AUROC, Evaluator
 from anomalib.models import Padim
 from anomalib.pre_processing import PreProcessor
-from conftest import TINY, command
+from conftest import MODEL, TINY, command, fit
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
@@ -33,13 +32,6 @@ from stpm_plugin.training.diagnostics import explanation
 from stpm_plugin.training.schedule import one_cycle
 from stpm_plugin.training.selection import CHECKPOINT_KEY
 from stpm_plugin.training.thresholds import STPMPostProcessor
-
-MODEL = {**conftest.MODEL, "layers": ["layer1", "layer2"]}  # a quarter of the weights to save
-
-
-def fit(*arguments, **settings):
-    """Fit a model of two levels."""
-    return conftest.fit(*arguments, **{**MODEL, **settings})
 
 
 class Seen(Callback):

@@ -1,7 +1,6 @@
 """What a checkpoint carries, what the caller may state against it, and checkpoints of other versions and models."""
 
 import inspect
-import json
 import logging
 import shutil
 import warnings
@@ -14,8 +13,8 @@ from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from anomalib.models import Padim
 from anomalib.post_processing import PostProcessor
-from conftest import MODEL, TINY, fit, run
-from test_routes import COMMANDS, CPU, HEAD, engine, same, scored
+from conftest import MODEL, TINY, anomalib, checkpoint_in, fit
+from test_routes import CPU, HEAD, engine, same, scored
 
 from stpm_plugin import STPM, DemoData, STPMPostProcessor, STPMPreProcessor
 from stpm_plugin.deployment.int8 import indices_of
@@ -33,17 +32,16 @@ def data(demo_root):
 
 
 @pytest.fixture(scope="session")
-def of_quantile(data, tmp_path_factory) -> Path:
+def of_quantile(once, data) -> Path:
     """A checkpoint whose thresholds come from held-out good images."""
-    post_processor = STPMPostProcessor(**SAVED)
-    engine, _ = fit(data(), tmp_path_factory.mktemp("quantile"), 3, post_processor=post_processor, **SETTINGS)
-    return Path(engine.best_model_path)
+    settings = {"post_processor": STPMPostProcessor(**SAVED), **SETTINGS}
+    return checkpoint_in(once("of_quantile", lambda out: fit(data(), out, 3, **settings)))
 
 
 @pytest.fixture(scope="session")
-def of_f1(data, tmp_path_factory) -> Path:
+def of_f1(once, data) -> Path:
     """A checkpoint whose thresholds come from the validation set."""
-    return Path(fit(data(), tmp_path_factory.mktemp("f1"), 3, **SETTINGS)[0].best_model_path)
+    return checkpoint_in(once("of_f1", lambda out: fit(data(), out, 3, **SETTINGS)))
 
 
 # What the caller states
@@ -150,17 +148,17 @@ def test_a_stated_quantile_sets_thresholds_from_the_saved_scores(of_quantile, of
 
 
 def test_the_command_line_honours_and_refuses(of_quantile, demo_root, tmp_path):
-    command = [
+    line = [
         "test", "--model", "STPM", "--ckpt_path", str(of_quantile), "--trainer.accelerator", "cpu",
         "--data", "stpm_plugin.DemoData", f"--data.root={demo_root}", *(f"--data.{k}={v}" for k, v in TINY.items()),
         "--trainer.enable_progress_bar", "false",
     ]  # fmt: skip
     sensitive = ["--model.post_processor", "stpm_plugin.STPMPostProcessor"]
     sensitive += ["--model.post_processor.image_sensitivity", "0.9"]
-    commands = json.dumps([[*command, *sensitive], [*command, "--model.layers", "[layer1]"]])
-    output = run("-c", COMMANDS, commands, check=False, cwd=tmp_path)
+    output = anomalib(*line, *sensitive, cwd=tmp_path)
     assert output.count(LINE) == 1
     assert "image_AUROC" in output
+    output = anomalib(*line, "--model.layers", "[layer1]", check=False, cwd=tmp_path)
     assert output.strip().splitlines()[-1] == (
         "STPMError: layers=['layer1'] was stated, and the checkpoint has layers=['layer1', 'layer2']: leave layers out."
     )

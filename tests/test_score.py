@@ -10,7 +10,7 @@ import pytest
 from anomalib.data import PredictDataset
 from anomalib.data.utils import read_image
 from anomalib.engine import Engine
-from conftest import NUMBERED, rows, run
+from conftest import NUMBERED, loaded, rows, run
 from PIL import Image
 
 from stpm_plugin.commands.entry import main as stpm
@@ -59,9 +59,8 @@ def test_scores_equal_the_engines(trained, exported, numbered_images, tmp_path, 
     assert stpm(["score", *command]) == 0
     found = {row["path"]: row for row in rows(table)}
     assert [*found] == [str(numbered_images / f"frame {number}.png") for number in (7, 8, 9, 10, 11)]
-    module, _, checkpoint = trained
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
-    for prediction in engine.predict(module, dataset=PredictDataset(numbered_images), ckpt_path=checkpoint):
+    for prediction in engine.predict(loaded(trained), dataset=PredictDataset(numbered_images), ckpt_path=trained):
         row = found[prediction.image_path[0]]
         assert float(row["score"]) == pytest.approx(prediction.pred_score.item(), rel=1e-3, abs=1e-4)
         assert row["label"] == ["normal", "anomalous"][int(prediction.pred_label)]

@@ -7,12 +7,12 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
-from conftest import fit
+from conftest import exported_in, fit, loaded
 from PIL import Image
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 from torchvision.transforms.v2.functional import resize as torch_resize
 
-from stpm_plugin import STPM, STPMPostProcessor, STPMPreProcessor
+from stpm_plugin import STPMPostProcessor, STPMPreProcessor
 from stpm_plugin.deployment.exported_model import write
 from stpm_plugin.deployment.openvino_export import verdict_of
 from stpm_plugin.deployment.regions import regions
@@ -65,7 +65,7 @@ def test_a_ramp_stays_a_ramp_from_block_to_block():
 
 @pytest.fixture(scope="module")
 def eager(trained):
-    return STPM.load_from_checkpoint(trained[2], map_location="cpu").eval()
+    return loaded(trained).eval()
 
 
 @pytest.mark.parametrize(("hint", "batch", "threads"), [("latency", 1, None), ("throughput", 4, 1)])
@@ -89,8 +89,8 @@ def test_a_graph_that_does_more_before_its_resize_gets_the_whole_image(demo, tmp
         assert found.score == pytest.approx(float(by_torch(model.eval(), images[found.path]).pred_score), abs=1e-3)
 
 
-def test_a_model_of_one_size_takes_every_size_at_once(trained, eager, tmp_path):
-    scorer = Scorer(eager.to_openvino(tmp_path, input_size=(64, 64)))
+def test_a_model_of_one_size_takes_every_size_at_once(exported_for_one_size, eager):
+    scorer = Scorer(exported_for_one_size)
     images = {str(size): textured(*size) for size in SIZES[:4]}
     for found in scorer.score_arrays(images.items(), "RGB"):
         assert found.score == pytest.approx(float(by_torch(eager, images[found.path]).pred_score), abs=1e-4)
@@ -190,13 +190,15 @@ def test_threshold_and_sensitivity_move_the_labels(exported, numbered_images):
 
 
 @pytest.fixture(scope="module")
-def raw(trained, tmp_path_factory):
+def raw(once, trained):
     """The trained model, and its OpenVINO file without the post-processor."""
-    model = STPM.load_from_checkpoint(trained[2], map_location="cpu").eval()
-    post_processor, model.post_processor = model.post_processor, None
-    path = model.to_openvino(tmp_path_factory.mktemp("raw"))
-    model.post_processor = post_processor
-    return model, path
+
+    def export(folder):
+        model = loaded(trained)
+        model.post_processor = None
+        model.to_openvino(folder)
+
+    return loaded(trained).eval(), exported_in(once("raw", export))
 
 
 def test_a_model_without_a_post_processor_gives_raw_scores_and_no_labels(raw):

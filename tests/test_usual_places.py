@@ -1,7 +1,6 @@
 """What is usual at each place: by hand, against its plain form, and through training, checkpoints and exports."""
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -84,18 +83,24 @@ def test_alignment_by_hand_and_of_what_lies_anyhow():
     assert alignment(anyhow.mean(0), anyhow.var(0)) < 0.1
 
 
+@pytest.fixture(scope="session")
+def plates(once):
+    """Root of drawn plates, which all lie alike, enough of them to learn their places."""
+    return once("plates", lambda root: DemoData(root=root, **IMAGES).prepare_data())
+
+
 @pytest.fixture(scope="module")
-def aligned(demo_root, tmp_path_factory):
-    """A model of drawn plates, which all lie alike, and its checkpoint."""
-    root = tmp_path_factory.mktemp("aligned")
-    engine, model = fit(DemoData(root=root, **IMAGES), root, 2, visualizer=False, aligned=True)
+def aligned(plates, tmp_path_factory):
+    """A model of the plates as its training leaves it, and its checkpoint."""
+    data, out = DemoData(root=plates, **IMAGES), tmp_path_factory.mktemp("aligned")
+    engine, model = fit(data, out, 2, visualizer=False, aligned=True)
     return model, engine.best_model_path
 
 
 def test_every_route_knows_the_usual_places(aligned, tmp_path):
     model, checkpoint = aligned
     places = model.model.usual_places
-    assert places.mean.shape == (256, 4, 4)
+    assert places.mean.shape == (128, 8, 8)
     assert 0 < places.ordinary < 1 < places.limit
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     made = model.eval()(images)
@@ -110,10 +115,10 @@ def test_every_route_knows_the_usual_places(aligned, tmp_path):
     assert found == pytest.approx(exact, abs=1e-4)
 
 
-def test_a_part_in_the_wrong_place_is_raised(aligned):
+def test_a_part_in_the_wrong_place_is_raised(aligned, plates):
     """A good plate upside down is made of good surroundings, but its places are not usual."""
-    model, root = aligned[0], Path(aligned[1]).parents[6]
-    paths = sorted(root.glob("plate-*/train/good/*.png"))[:6]
+    model = aligned[0]
+    paths = sorted(plates.glob("plate-*/train/good/*.png"))[:6]
     good = torch.stack([read_image(path, as_tensor=True) for path in paths])
     for images, raised in ((good, False), (good.flip(2), True)):
         ready = model.pre_processor(images)
@@ -137,17 +142,17 @@ def test_few_images_know_no_place_and_say_so(demo, tmp_path):
         fit(demo, tmp_path, 1, aligned=True)
 
 
-def test_it_can_be_left_out(tmp_path, caplog):
+def test_it_can_be_left_out(plates, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    data = DemoData(root=tmp_path, **IMAGES)
+    data = DemoData(root=plates, **IMAGES)
     _, model = fit(data, tmp_path, 1, aligned=False)
     assert model.model.usual_places is None
     assert "lie alike" not in caplog.text
 
 
-def test_a_rate_finder_which_restores_the_model_leaves_them(tmp_path):
+def test_a_rate_finder_which_restores_the_model_leaves_them(plates, tmp_path):
     finder = LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
-    data = DemoData(root=tmp_path, **IMAGES)
+    data = DemoData(root=plates, **IMAGES)
     _, model = fit(data, tmp_path, 1, aligned=True, visualizer=False, trainer={"callbacks": [finder]})
     assert model.model.usual_places.limit > 0
     assert 0 < model.model.usual_places.ordinary < 1

@@ -2,24 +2,27 @@ import shutil
 
 import pytest
 import torch
+from conftest import exported_in, loaded
 
-from stpm_plugin import STPM
 from stpm_plugin.commands import verify
 from stpm_plugin.commands.entry import main as stpm
 
 
 @pytest.fixture(scope="module")
-def models(trained, exported, tmp_path_factory):
+def models(once, trained, exported):
     """The trained model's checkpoint, its OpenVINO file, and that of a student with negated weights, same teacher.
 
     The first and the last lie in a folder whose name has spaces and other alphabets.
     """
-    folder = tmp_path_factory.mktemp("Prüfung 検査 é")
-    checkpoint = shutil.copy(trained[2], folder / "m ö.ckpt")
-    other = STPM.load_from_checkpoint(checkpoint)
-    for parameter in other.model.student.parameters():
-        parameter.data.mul_(-1)
-    return checkpoint, exported, other.to_openvino(folder)
+
+    def fill(folder):
+        other = loaded(shutil.copy(trained, folder / "m ö.ckpt"))
+        for parameter in other.model.student.parameters():
+            parameter.data.mul_(-1)
+        other.to_openvino(folder)
+
+    folder = once("Prüfung 検査 é", fill)
+    return folder / "m ö.ckpt", exported, exported_in(folder)
 
 
 def test_a_right_model_agrees_and_a_wrong_one_does_not(models, demo_root, capsys):

@@ -20,7 +20,8 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
 if CONTEXT:
-    CONTEXT.set_forkserver_preload(["anomalib.cli.cli"])  # whose imports bring the plugin
+    # The command line, whose imports bring the plugin, and what torch imports to export.
+    CONTEXT.set_forkserver_preload(["anomalib.cli.cli", "onnxscript", "torch._functorch.aot_autograd"])
 ENTRIES = {
     "anomalib": "anomalib.cli.cli:main",
     "stpm": "stpm_plugin.commands.entry:main",
@@ -62,7 +63,7 @@ def _enter(command: list[str], cwd: str, environment: dict[str, str], output: st
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = command
-    sys.path[0] = cwd
+    sys.path[:1] = [cwd, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     code: object = 1
     try:
         if command[0] in ENTRIES:

@@ -103,8 +103,10 @@ def hub_reachable() -> bool:
                 urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()  # noqa: S310 - the client's own
             answered.set()
 
-    threading.Thread(target=ask, daemon=True).start()  # a look-up of names has no time limit of its own
-    return answered.wait(PATIENCE)
+    asking = threading.Thread(target=ask, daemon=True)  # a look-up of names has no time limit of its own
+    asking.start()
+    asking.join(PATIENCE)  # ends at once where the host refuses
+    return answered.is_set()
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.layers import Conv2dSame
+from torch import nn
 from torch.export import Dim
 
 from ..errors import STPMError
@@ -81,7 +84,8 @@ class TrainedOnly(Base):
         if cast("STPM", self).network_size is None and input_size is None:
             kwargs = {"dynamic_shapes": any_size(self.model.teacher.strides[-1]), **kwargs}
         # anomalib asks for operator set 14, which torch cannot write: it would try, log a traceback and write 18
-        return super().to_onnx(*args, **{"opset_version": 18, "verbose": False, **kwargs})
+        with out_of_place(self.model):
+            return super().to_onnx(*args, **{"opset_version": 18, "verbose": False, **kwargs})
 
     def require_exportable(self, input_size: tuple[int, int] | None) -> None:
         """Refuse to export for images of all sizes what pads by the size: torch would not end.
@@ -103,6 +107,19 @@ class TrainedOnly(Base):
 
         self.require_trained()
         return export(cast("STPM", self), super().to_openvino, export_root, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def out_of_place(network: nn.Module) -> Iterator[None]:
+    """Let a network's activations write to memory of their own: torch takes long to trace a ReLU6 in place."""
+    changed: list[Any] = [part for part in network.modules() if getattr(part, "inplace", False)]
+    for part in changed:
+        part.inplace = False
+    try:
+        yield
+    finally:
+        for part in changed:
+            part.inplace = True
 
 
 def any_size(stride: int) -> tuple[dict[int, Any]]:
