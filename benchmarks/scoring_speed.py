@@ -26,7 +26,8 @@ import numpy as np
 import openvino as ov
 
 from benchmarks.environment import environment, keep, markdown, rows, spread
-from stpm_plugin.deployment.images import decode, images_below
+from stpm_plugin.decoding import decode
+from stpm_plugin.deployment.images import images_below
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "scoring.json"
