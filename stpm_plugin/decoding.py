@@ -80,7 +80,7 @@ def read_ignored(path: str | Path) -> np.ndarray:
     if mask is None:
         msg = f"the mask {path} {UNREADABLE}."
         raise STPMError(msg)
-    ignored = (mask > WHITE).all(axis=2)
+    ignored: np.ndarray = np.all(mask > WHITE, axis=2)
     if ignored.all():
         msg = f"the mask {path} is white everywhere: every pixel would be ignored; white is what to ignore."
         raise STPMError(msg)
