@@ -1,7 +1,9 @@
 """The part of all images that neither trains nor scores, such as a bench around the part.
 
-The mask acts on the anomaly map. At a level all those positions train whose distances reach a pixel that counts, by the
-map's upsampling: what the verdict is made of is trained, and nothing else is.
+The mask acts on the anomaly map. Of a level those positions train whose distances reach a pixel that counts, by the
+map's upsampling: all that the verdict is made of is trained, and nothing else. Were positions across the mask's edge
+left untrained, their distances would be mixed into pixels that count, and the edge would be each good image's most
+anomalous place.
 """
 
 from __future__ import annotations
