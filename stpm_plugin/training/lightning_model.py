@@ -66,8 +66,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         teacher_weights: Path of a ``.safetensors`` or ``.pth`` file; ``lite0`` for ImageNet weights of
             ``tf_efficientnet_lite0``, which are installed with this package; ``None`` for timm's pretrained weights,
             which are downloaded.
-        image_size: Height and width to which images are resized, pixels; ``None`` for the images' own size, which may
-            be uneven.
+        image_size: Height and width to which images are resized, pixels; ``None`` for their own, even uneven ones.
         crop_size: Side of the crops on which images of their own size train, pixels, besides a margin as wide as the
             network sees; ``None`` for 256 where ``image_size`` is ``None``, and for whole images elsewhere.
         score_area: Positions of the finest level, the most anomalous, that the image score is made of: how far they
@@ -76,8 +75,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
             ``None`` where the training images say so; ``False`` as in the paper.
         ignore: Image file, of the training images' size, whose white parts neither train nor score, by any route; kept
             in the model; ``None`` for none.
-        hard_share: Share of the positions in a batch, those of the largest distances, that train; 1 for all, as in
-            the paper.
+        hard_share: Share of a batch's positions, of the largest distances, that train; 1 for all, as in the paper.
         lr: Learning rate of SGD, the highest of the schedule; 0.4 is the authors', for a batch of 32.
         momentum: Momentum of SGD, in [0, 1).
         weight_decay: Weight decay of SGD.

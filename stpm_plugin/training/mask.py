@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import Resize
 
 from ..decoding import read_ignored
 from ..errors import STPMError
 from ..model.ignored import Ignored
+from .data import PIXEL_BY_PIXEL, parts_besides
 from .data_record import identify, paths_of
 
 if TYPE_CHECKING:
@@ -53,9 +55,13 @@ def read_mask(module: STPM, source: Any) -> Ignored | None:
             f"{mask.shape[1]}: they must be equal."
         )
         raise STPMError(msg)
-    reaching = tuple(module.transform(torch.zeros(1, 3, *own)).shape[-2:])
-    if reaching != size or getattr(source, "external_collate_fn", None) is not None:
-        msg = f"ignore={path} is resized as images are, and these are cut too: leave ignore out, or give images whole."
+    collate = getattr(source, "external_collate_fn", None)
+    odd = [*parts_besides(module.transform, (*PIXEL_BY_PIXEL, Resize)), *([] if collate is None else [collate])]
+    if odd:
+        msg = (
+            f"ignore={path} is resized as the images are, and these go through a {type(odd[0]).__name__} too: leave "
+            "one of them out."
+        )
         raise STPMError(msg)
     ignored = Ignored(size, digest_of(path))
     ignored.take(mask)
@@ -66,13 +72,21 @@ def read_mask(module: STPM, source: Any) -> Ignored | None:
 
 
 def size_of_first(dataset: Any) -> tuple[tuple[int, int], str]:
-    """Height and width of a data set's first image, as its file has it, and its name."""
+    """Height and width of a data set's first image, as its file has it, and its name.
+
+    Raises:
+        STPMError: The file cannot be read.
+    """
     paths = paths_of(dataset)
     if not paths:
         height, width = dataset[0].image.shape[-2:]
         return (height, width), "number 0"
-    with Image.open(paths[0]) as image:
-        return (image.height, image.width), str(paths[0])
+    try:
+        with Image.open(paths[0]) as image:
+            return (image.height, image.width), str(paths[0])
+    except OSError as error:
+        msg = f"training image {paths[0]} cannot be read ({error}): repair it or take it out of the folder."
+        raise STPMError(msg) from None
 
 
 def describe_mask(ignored: Ignored | None) -> dict[str, Any] | None:
