@@ -36,7 +36,8 @@ from torch.nn import functional as F
 from benchmarks.environment import Row, environment, fit, keep, markdown, parser, rows, spread, summary
 from benchmarks.training_speed import BACKBONES, rival, use_hub
 from stpm_plugin import STPM
-from stpm_plugin.deployment.images import decode, images_below
+from stpm_plugin.decoding import decode
+from stpm_plugin.deployment.images import images_below
 
 SIZE = (256, 256)
 ROUNDS, TIMED = 5, 40  # calls of a variant in a round, after a fifth as many untimed

@@ -14,8 +14,9 @@ from conftest import NUMBERED, loaded, rows, run
 from PIL import Image
 
 from stpm_plugin.commands.entry import main as stpm
+from stpm_plugin.decoding import decode, jpeg_size
 from stpm_plugin.deployment.heatmaps import overlay
-from stpm_plugin.deployment.images import decode, find_images, jpeg_size, read_images
+from stpm_plugin.deployment.images import find_images, read_images
 from stpm_plugin.errors import STPMError
 
 

@@ -15,7 +15,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..deployment.images import UNREADABLE, find_images, read_images
+from ..decoding import UNREADABLE
+from ..deployment.images import find_images, read_images
 from .verify import load, tensor, trained_on
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..decoding import UNREADABLE
 from ..deployment.drift import Drift
 from ..deployment.heatmaps import file_of
-from ..deployment.images import UNREADABLE, VIDEOS, find_images
+from ..deployment.images import VIDEOS, find_images
 from ..deployment.scorer import Scored, Scorer
 from ..deployment.table import Stamp, Table, cell, stamp, video_of
 from ..deployment.watch import arrivals, check

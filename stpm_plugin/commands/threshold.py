@@ -11,8 +11,9 @@ from typing import cast
 import numpy as np
 import openvino as ov
 
+from ..decoding import UNREADABLE
 from ..deployment.exported_model import TRAINED, images_of, read_model, rejudged, write
-from ..deployment.images import UNREADABLE, find_images
+from ..deployment.images import find_images
 from ..deployment.scorer import Scorer
 from ..deployment.table import cell
 from ..deployment.verdict import Scale, Verdict, read_verdict

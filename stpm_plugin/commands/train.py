@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from ..decoding import read_ignored
 from ..deployment.images import images_below
 from ..errors import STPMError
 from .config import packaged
@@ -47,6 +48,8 @@ class Train:
             whose ImageNet weights are installed; timm's of ResNet-18 from the hub, if not given.
         recipe: Settings: `folder`, or `native` for large images with small defects (docs/large-images.md), as `stpm
             config` writes them, or a YAML file.
+        ignore: Image file of the images' size, white where they are neither trained on nor scored, such as a bench
+            around the part. The model keeps it; `stpm score --ignore` leaves out more.
         resume: Checkpoint of an interrupted training to go on from.
     """
 
@@ -57,6 +60,7 @@ class Train:
     results: Path = Path("results")
     teacher: str | None = None
     recipe: str = "folder"
+    ignore: Path | None = None
     resume: Path | None = None
     passed_on: list[str] = field(default_factory=list, init=False)
 
@@ -79,6 +83,9 @@ class Train:
             from ..model.packaged_weights import BACKBONE
 
             arguments.append(f"--model.init_args.backbone={BACKBONE}")
+        if self.ignore is not None:
+            read_ignored(self.ignore)
+            arguments.append(f"--model.init_args.ignore={self.ignore.absolute()}")
         if self.resume is not None:
             arguments.append(f"--ckpt_path={checkpoint_of(self.resume).absolute()}")
         try:

@@ -15,7 +15,8 @@ import torch
 from rich.progress import track
 from torchmetrics.functional.classification import binary_auroc
 
-from ..deployment.images import UNREADABLE, find_images, read_images
+from ..decoding import UNREADABLE
+from ..deployment.images import find_images, read_images
 from ..deployment.scorer import Scorer
 from ..deployment.settings import Precision
 from ..deployment.table import cell

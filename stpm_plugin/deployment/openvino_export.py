@@ -172,6 +172,7 @@ def verdict_of(post_processor: PostProcessor, model: STPMModel) -> Verdict:
         score_area=model.score_area,
         stride=model.teacher.strides[0],
         stands_out=True,
+        counted=1.0 if model.ignored is None else float(model.ignored.share),
     )
 
 

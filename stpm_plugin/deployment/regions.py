@@ -1,18 +1,13 @@
-"""Which parts of an image are anomalous, as boxes, and which are ignored, by a mask."""
+"""Which parts of an image are anomalous, as boxes, and a mask at a map's size."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from ..errors import STPMError
-from .images import UNREADABLE, decode
 from .resize import resize
-
-WHITE = 127  # values of a mask above it are white
 
 
 class Region(NamedTuple):
@@ -54,23 +49,6 @@ def regions(anomaly_map: np.ndarray, limit: float, size: tuple[int, int]) -> lis
         box = (left, top, max(1, right - left), max(1, bottom - top))
         made.append(Region(*box, max(1, round(area * down * across)), peak))
     return sorted(made, key=lambda region: -region.peak)
-
-
-def read_ignored(path: str | Path) -> np.ndarray:
-    """Read a mask (H, W): true where images are ignored, the white parts of the file.
-
-    Raises:
-        STPMError: It is no image, or ignores everything.
-    """
-    mask = decode(str(path))
-    if mask is None:
-        msg = f"{path} {UNREADABLE}."
-        raise STPMError(msg)
-    ignored = mask[:, :, 0] > WHITE
-    if ignored.all():
-        msg = f"{path} is white everywhere: every pixel would be ignored; white is what to ignore."
-        raise STPMError(msg)
-    return ignored
 
 
 def shrunk(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import openvino as ov
 
+from ..decoding import UNREADABLE, read_ignored
 from ..errors import STPMError
 from .exported_model import digest, files_of, last_line, reaches_of, read_model, size_of, tensor_of
-from .images import UNREADABLE, read_images
+from .images import read_images
 from .large_images import LargeImages, as_input
-from .regions import Region, read_ignored, regions, shrunk
+from .regions import Region, regions, shrunk
 from .resize import resize
 from .settings import Hint, Precision, check, in_words
 from .verdict import RAW_MAP, RAW_SCORE, Scale, changed, read_verdict

@@ -21,7 +21,8 @@ from ..errors import STPMError
 SECTION = "stpm"  # of the model's runtime information
 RAW_SCORE, RAW_MAP = "raw_pred_score", "raw_anomaly_map"  # tensors of the graph, before normalisation
 RAW_LEVEL = "raw_distances_"  # and its distances at each level, from 0, where images may have any size
-FORMAT = 3  # 1: of versions 0.1 and 0.2, without `stands_out`; 2: with a share of the map in place of an area
+# 1: of versions 0.1 and 0.2, without `stands_out`; 2: with a share of the map in place of an area; 3: without `counted`
+FORMAT = 4
 MIN_MEAN = 1e-6  # of a map: `stpm_plugin.model.matching`'s, which this side cannot import, since it needs torch
 
 
@@ -100,6 +101,7 @@ class Verdict:
         stride: Pixels of the map that the shallowest level tells apart, along a side.
         stands_out: Whether the score says how far that part stands out of its map; else it is the part's mean, as
             versions 0.1 and 0.2 had it.
+        counted: Share of the maps that counts; the model clears the rest, which it was trained to ignore.
     """
 
     basis: str
@@ -113,6 +115,7 @@ class Verdict:
     score_share: float | None = None
     stride: int = 4
     stands_out: bool = False
+    counted: float = 1.0
 
     def with_threshold(self, threshold: float) -> Verdict:
         """The verdict with another raw image threshold; the pixel threshold moves by the same factor.
@@ -154,15 +157,16 @@ class Verdict:
         Where ``ignored`` (h, w) is true the map counts as empty, but for the mean that the most anomalous part is
         compared with, so that ignoring raises no score.
         """
-        counted = anomaly_map if ignored is None else np.where(ignored, 0, anomaly_map)
+        cleared = anomaly_map if ignored is None else np.where(ignored, 0, anomaly_map)
         if not (self.score_share or self.score_area):
-            return float(counted.max())
-        blocks = self._blocks(counted)
+            return float(cleared.max())
+        blocks = self._blocks(cleared)
         count = min(self.score_area, len(blocks))
         if self.score_share is not None:
             count = max(1, len(blocks) * round(self.score_share * 1e6) // 10**6)
         part = np.sort(blocks)[-count:].mean()
-        return float(part / np.sqrt(max(self._blocks(anomaly_map).mean(), MIN_MEAN)) if self.stands_out else part)
+        mean = self._blocks(anomaly_map).mean() / self.counted
+        return float(part / np.sqrt(max(mean, MIN_MEAN)) if self.stands_out else part)
 
     def _blocks(self, anomaly_map: np.ndarray) -> np.ndarray:
         """A map's means over squares of ``stride`` pixels, flat."""

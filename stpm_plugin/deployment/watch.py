@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ..decoding import decode
 from ..errors import STPMError
-from .images import decode, images_below
+from .images import images_below
 from .table import Stamp, stamp
 
 SETTLED = 0.5  # seconds that a file has not changed for: most writers pause for less

@@ -89,7 +89,7 @@ def anomaly_map(levels: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     return functools.reduce(torch.mul, maps).pow(1 / len(levels))  # (B, 1, H, W)
 
 
-def image_score(anomalies: Tensor, area: int, stride: int) -> Tensor:
+def image_score(anomalies: Tensor, area: int, stride: int, counted: float | Tensor = 1.0) -> Tensor:
     """Image scores (B,) of anomaly maps (B, 1, H, W): the maximum, or how far the most anomalous part stands out.
 
     The latter is the geometric mean of two numbers: the part's mean distance, and its ratio to the whole map's mean.
@@ -101,6 +101,7 @@ def image_score(anomalies: Tensor, area: int, stride: int) -> Tensor:
         area: Blocks of ``stride`` x ``stride`` pixels that are that part, whatever the map's size, since a defect does
             not grow with the image; all blocks of a smaller map; 0 for the maximum.
         stride: Input pixels per position of the shallowest level: the map is smooth below this.
+        counted: Share of the maps that counts, in (0, 1]; the rest of them is 0, and the mean is over what counts.
 
     Returns:
         Scores of at least 0: the maximum is at most 2, the other at most the root of twice the map's blocks over those
@@ -111,4 +112,4 @@ def image_score(anomalies: Tensor, area: int, stride: int) -> Tensor:
     blocks = F.avg_pool2d(anomalies, stride).flatten(1)
     count = torch.sym_min(area, blocks.shape[1])
     part = blocks.topk(count, dim=1, sorted=False).values.mean(1)
-    return part / blocks.mean(1).clamp(min=MIN_MEAN).sqrt()
+    return part / (blocks.mean(1) / counted).clamp(min=MIN_MEAN).sqrt()

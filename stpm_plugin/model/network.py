@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import STPMError
 from .features import FeaturePyramid, FrozenPyramid
+from .ignored import Ignored
 from .matching import anomaly_map, distances, image_score, normalize
 from .reach import reaches, stitched
 from .usual_places import UsualPlaces
@@ -32,6 +33,7 @@ class STPMModel(nn.Module):
     Attributes:
         usual_places: What raises maps where the teacher sees what is not usual there; ``None`` where parts do not lie
             alike.
+        ignored: What clears maps where images are ignored; ``None`` where all counts.
         tiler: anomalib's ``Tiler``, which its ``TilerConfigurationCallback`` sets: networks then see tiles of the
             pre-processed image, and features are joined before they are compared. ``None`` for whole images.
 
@@ -55,6 +57,7 @@ class STPMModel(nn.Module):
         self.student = FeaturePyramid(backbone, layers)
         self.score_area = score_area
         self.usual_places: UsualPlaces | None = None
+        self.ignored: Ignored | None = None
         self.tiler: Any = None
         self.to(memory_format=torch.channels_last)  # twice as fast on CPUs, and no slower elsewhere
 
@@ -78,12 +81,13 @@ class STPMModel(nn.Module):
         Returns:
             Anomaly maps (B, 1, *size), at least 0, and image scores (B,).
         """
-        stride = self.teacher.strides[0]
         anomalies = anomaly_map(levels, size)
-        scores = image_score(anomalies, self.score_area, stride)
+        if self.ignored is not None:
+            anomalies = self.ignored(anomalies)
+        scores = self._image_score(anomalies)
         if self.usual_places is not None and deepest is not None:
             anomalies = self.usual_places(anomalies, scores, deepest)
-            scores = image_score(anomalies, self.score_area, stride)
+            scores = self._image_score(anomalies)
         return InferenceBatch(pred_score=scores, anomaly_map=anomalies)
 
     def match(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -114,6 +118,10 @@ class STPMModel(nn.Module):
     def reaches(self) -> list[Reach] | None:
         """How far each level sees; ``None`` for a network that cannot take an image in windows."""
         return reaches(self.teacher)
+
+    def _image_score(self, anomalies: Tensor) -> Tensor:
+        counted = 1.0 if self.ignored is None else self.ignored.share
+        return image_score(anomalies, self.score_area, self.teacher.strides[0], counted)
 
     def _whole(self, images: Tensor) -> bool:
         """Whether the networks take images at once: all do in an exported graph, and those with a tiler."""

@@ -23,7 +23,7 @@ class UsualPlaces(nn.Module):
 
     Attributes:
         mean: Of the unit vectors of the training images, at each position (C, h, w).
-        variance: Of each of their channels, at each position, above 0 (C, h, w).
+        variance: Of each of their channels, at each position, above 0 (C, h, w); infinite where images are ignored.
         limit: Oddness up to which nothing is raised, a scalar.
         ordinary: Image score of an ordinary good image, before anything is raised, a scalar.
     """

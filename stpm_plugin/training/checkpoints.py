@@ -96,6 +96,8 @@ class Checkpointed(Base):
         sizes = (settings.get("image_size", ()) for settings in (self.stated, checkpoint["hyper_parameters"]))
         if len({size and tuple(size) for size in sizes}) == 1:
             self.stated.pop("image_size", None)  # as in training, where a pre-processor may have set another size
+        if trainer is None and self.stated.get("ignore") == checkpoint["hyper_parameters"].get("ignore"):
+            self.stated.pop("ignore", None)  # load_from_checkpoint repeats it, and the file may have changed since
         saved_state.restore(_stpm(self), state, self.stated)
         super().on_load_checkpoint(checkpoint)
         own = self.state_dict()  # of metrics and a visualizer, which learn nothing and may be others

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from anomalib.data import ImageBatch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from ..errors import STPMError
 from ..model.network import BYTES_A_PIXEL, STPMModel
 from ..model.windows import LARGEST, Reach, Window, drawn
-from .data import TrainingBatch, TrainingBatches, images_of, read, sizes_differ
+from .data import PIXEL_BY_PIXEL, TrainingBatch, TrainingBatches, images_of, parts_besides, read, sizes_differ
 from .feature_cache import ImageCache, open_image_cache
 from .normal_images import Good, NormalImages, activation_bytes, reading
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 CHOSEN_BY = 8  # windows of held-out images, at least, that an epoch is judged by
 PRIME = 1_000_003  # by which the numbers that name a window make a seed
-PIXEL_BY_PIXEL = (v2.Compose, v2.Normalize, v2.ToDtype, v2.Grayscale, v2.Identity)
 
 
 class CroppedImages(NormalImages):
@@ -99,8 +97,7 @@ class CroppedImages(NormalImages):
                 "backbone."
             )
             raise STPMError(msg)
-        odd = [part for part in (transform, *getattr(transform, "transforms", ())) if part is not None]
-        odd = [part for part in odd if not isinstance(part, PIXEL_BY_PIXEL)]
+        odd = parts_besides(transform, PIXEL_BY_PIXEL)
         if odd:
             msg = (
                 f"crop_size={module.crop_size} trains on crops of images at their own size, and the pre-processor has "

@@ -23,6 +23,7 @@ from .feature_cache import FeatureCache
 
 # Transforms that give the same image every time. Anything else counts as augmentation.
 DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Normalize, v2.ToDtype, v2.Grayscale, v2.Pad, v2.Identity)
+PIXEL_BY_PIXEL = (v2.Compose, v2.Normalize, v2.ToDtype, v2.Grayscale, v2.Identity)
 
 
 @dataclass
@@ -102,6 +103,12 @@ def augments(dataset: Any, transform: v2.Transform | None) -> bool:
         elif part is not None and not isinstance(part, DETERMINISTIC):
             return True
     return False
+
+
+def parts_besides(transform: v2.Transform | None, kinds: tuple[type, ...]) -> list[v2.Transform]:
+    """The parts of a pre-processor's transform that are of none of these kinds."""
+    parts = [part for part in (transform, *getattr(transform, "transforms", ())) if part is not None]
+    return [part for part in parts if not isinstance(part, kinds)]
 
 
 def check_normal(dataset: Any) -> None:

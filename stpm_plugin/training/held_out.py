@@ -42,7 +42,7 @@ def score(module: STPM, batches: Iterable[Good]) -> tuple[float, list[Matched]]:
         batches: This process's images.
 
     Returns:
-        The mean over images and positions of the levels' product, as the authors take it, brought back to the
+        The mean over images and pixels that count of the levels' product, as the authors take it, brought back to the
         scale of one distance, in [0, 2]; and what was matched of this process's images.
     """
     count = len(module.model.teacher.layers)
@@ -52,7 +52,8 @@ def score(module: STPM, batches: Iterable[Good]) -> tuple[float, list[Matched]]:
     for good in batches:
         with module.autocast():
             one = matched(module, good)
-        product = anomaly_map(one.levels, one.size).pow(count).mean().unsqueeze(0)
+        product, ignored = anomaly_map(one.levels, one.size).pow(count), module.model.ignored
+        product = (product.mean() if ignored is None else ignored.mean(product)).unsqueeze(0)
         sums += len(good.images) * torch.cat([product.new_ones(1), product])
         kept.append(one)
     module.model.train()

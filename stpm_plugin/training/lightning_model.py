@@ -67,16 +67,16 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         teacher_weights: Path of a ``.safetensors`` or ``.pth`` file; ``lite0`` for ImageNet weights of
             ``tf_efficientnet_lite0``, which are installed with this package; ``None`` for timm's pretrained weights,
             which are downloaded.
-        image_size: Height and width to which images are resized, pixels; ``None`` for the images' own size, which may
-            be uneven.
+        image_size: Height and width to which images are resized, pixels; ``None`` for their own, even uneven ones.
         crop_size: Side of the crops on which images of their own size train, pixels, besides a margin as wide as the
             network sees; ``None`` for 256 where ``image_size`` is ``None``, and for whole images elsewhere.
         score_area: Positions of the finest level, the most anomalous, that the image score is made of: how far they
             stand out of the image's own map; 0 for the map's maximum, as in the paper.
         aligned: Whether parts lie alike in all images, so that what is missing or in the wrong place is anomalous;
             ``None`` where the training images say so; ``False`` as in the paper.
-        hard_share: Share of the positions in a batch, those of the largest distances, that train; 1 for all, as in
-            the paper.
+        ignore: Image file, of the training images' size, whose white parts neither train nor score, by any route; kept
+            in the model; ``None`` for none.
+        hard_share: Share of a batch's positions, of the largest distances, that train; 1 for all, as in the paper.
         lr: Learning rate of SGD, the highest of the schedule; 0.4 is the authors', for a batch of 32.
         momentum: Momentum of SGD, in [0, 1).
         weight_decay: Weight decay of SGD.
@@ -121,6 +121,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         crop_size: int | None = None,
         score_area: int = 12,
         aligned: bool | None = None,
+        ignore: str | None = None,
         hard_share: float = 0.2,
         lr: float = 1.6,
         momentum: float = 0.9,
@@ -148,7 +149,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         self.teacher_weights, self.precision, self.seed = teacher_weights, precision, seed
         self.lr, self.momentum, self.weight_decay, self.hard_share = lr, momentum, weight_decay, hard_share
         self.schedule, self.epochs, self.steps, self.batch_size = schedule, epochs, steps, batch_size
-        self.holdout, self.cache, self.cache_dir = holdout, cache, cache_dir
+        self.holdout, self.cache, self.cache_dir, self.ignore = holdout, cache, cache_dir, ignore
         self.aligned, self.crop_size = aligned, CROP_SIZE if self_sized and crop_size is None else crop_size
         check_crops(self)
         self.trained = self.teacher_ready = False
@@ -239,6 +240,8 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         levels = distances(teacher, student)
         if batch.windows is not None:
             levels = unspoilt(levels, batch.windows, self.model)
+        if self.model.ignored is not None:
+            levels = [self.model.ignored.kept(level) for level in levels]
         loss = loss_of(levels, self.hard_share)
         if not torch.isfinite(loss):
             msg = (

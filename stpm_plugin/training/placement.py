@@ -54,14 +54,18 @@ def learn(module: STPM, images: NormalImages) -> UsualPlaces | None:
         return (good.teacher[-1].float() for good in images.training() if good.teacher is not None)
 
     count, mean, variance = moments(features, module)
-    share = alignment(mean, variance)
+    reached = torch.ones_like(mean[0], dtype=torch.bool)
+    if module.model.ignored is not None:
+        reached = module.model.ignored.reached((mean.shape[1], mean.shape[2]))
+    share = alignment(mean[:, reached], variance[:, reached])
     aligned = module.aligned or share > ALIGNED
     word = "the parts lie alike" if share > ALIGNED else "the parts do not lie alike"
     does = "what is missing or misplaced counts" if aligned else "their places do not count"
     rank_zero_info(f"STPM: {word} ({share:.0%} of the features' variance goes with the position): {does}.")
     if not aligned:
         return None
-    maxima = torch.cat([left_out(one, count, mean, variance).flatten(1).amax(1) for one in features()])
+    variance[:, ~reached] = torch.inf
+    maxima = torch.cat([left_out(one, count, mean, variance)[:, 0, reached].amax(1) for one in features()])
     return usual(mean, variance, _everywhere(maxima, module))
 
 
@@ -70,7 +74,7 @@ def usual(mean: Tensor, variance: Tensor, maxima: Tensor) -> UsualPlaces:
 
     Args:
         mean: Of their unit vectors, at each position (C, h, w).
-        variance: Of each channel, at each position (C, h, w).
+        variance: Of each channel, at each position (C, h, w); infinite where nothing is odd.
         maxima: Oddness of each image's most odd place against the other images (N,).
 
     Returns:
@@ -87,11 +91,12 @@ def alignment(mean: Tensor, variance: Tensor) -> float:
     """Share of the unit vectors' variance over images and positions that goes with the position, in [0, 1].
 
     Args:
-        mean: Of the images, at each position (C, h, w).
-        variance: Of each channel over the images, at each position (C, h, w).
+        mean: Of the images, at each position (C, ...).
+        variance: Of each channel over the images, at each position (C, ...).
     """
     within = variance.sum(0).mean()
-    between = (mean - mean.mean(dim=(1, 2), keepdim=True)).square().sum(0).mean()
+    mean = mean.flatten(1)
+    between = (mean - mean.mean(dim=1, keepdim=True)).square().sum(0).mean()
     return float(between / (between + within).clamp(min=torch.finfo().tiny))
 
 
@@ -102,7 +107,7 @@ def left_out(features: Tensor, count: int, mean: Tensor, variance: Tensor) -> Te
         features: Unit vectors of some of them (B, C, h, w).
         count: Number of all of them, N.
         mean: Of all (C, h, w).
-        variance: Of all, over N - 1 (C, h, w).
+        variance: Of all, over N - 1 (C, h, w); infinite where nothing is odd.
 
     Returns:
         As :meth:`UsualPlaces.oddness` gives it (B, 1, h, w).
@@ -114,8 +119,8 @@ def left_out(features: Tensor, count: int, mean: Tensor, variance: Tensor) -> Te
 
 
 def floor(variance: Tensor) -> Tensor:
-    """What is added to each variance (C, h, w), a scalar."""
-    return FLOOR * variance.mean().clamp(min=STILL)
+    """What is added to each variance (C, h, w), a scalar; infinite ones do not count."""
+    return FLOOR * variance[variance.isfinite()].mean().clamp(min=STILL)
 
 
 def moments(features: Features, module: STPM) -> tuple[int, Tensor, Tensor]:

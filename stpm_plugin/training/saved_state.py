@@ -22,12 +22,15 @@ from ..model.features import FeaturePyramid
 from ..model.network import STPMModel, check_head
 from ..model.usual_places import UsualPlaces
 from .data_record import DataRecord
+from .mask import describe_mask, restore_mask
 from .thresholds import STPMPostProcessor
 
 if TYPE_CHECKING:
     from .lightning_model import STPM
 
-FORMAT = 3  # 2: with `score_share`; 1: of versions 0.1 and 0.2, which could weigh levels, and whose scores were means
+# 1: of versions 0.1 and 0.2, which could weigh levels, and whose scores were means; 2: with `score_share`; 3: without
+# `ignored`
+FORMAT = 4
 KEY = "_extra_state"  # torch's name in a state dict
 ARCHITECTURE = ("backbone", "layers")
 HEAD = ("score_area",)
@@ -45,6 +48,7 @@ def describe(module: STPM) -> dict[str, Any]:
         "layers": list(network.teacher.layers),
         **{name: getattr(network, name) for name in HEAD},
         "usual_places": None if network.usual_places is None else list(network.usual_places.mean.shape),
+        "ignored": describe_mask(network.ignored),
         "tiler": tiler_settings(network.tiler),
         "pre_processor": _config(module.pre_processor),
         "post_processor": _config(module.post_processor),
@@ -77,6 +81,7 @@ def restore(module: STPM, state: Mapping[str, Any], stated: Mapping[str, Any]) -
     taken = [] if module.network_size == size else [f"image_size={module.network_size}"]
     _restore_post_processor(module, state["post_processor"])
     taken += _restore_network(module, state, stated)
+    taken += restore_mask(module, state.get("ignored"), stated)
     if taken:
         rank_zero_info(f"STPM: from the checkpoint: {', '.join(taken)}.")
     _restore_tiler(module, state["tiler"])

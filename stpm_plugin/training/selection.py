@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import STPMError
 from .crops import CroppedImages
 from .held_out import Matched, gathered, ordinary_score, predicted, score, share_statistics
+from .mask import read_mask
 from .normal_images import NormalImages, StandIn
 from .schedule import is_last_pass
 from .thresholds import STPMPostProcessor, calibrate, of_held_out
@@ -71,7 +72,7 @@ class WeightSelection(Callback):
     # Before a run, and after it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stand in for the datamodule's training batches."""
+        """Read the mask, and stand in for the datamodule's training batches."""
         if stage != "fit":
             return
         module = cast("STPM", pl_module)
@@ -85,6 +86,7 @@ class WeightSelection(Callback):
                 "STPM holds out and keeps training images itself: pass Engine.fit a datamodule instead of data loaders."
             )
             raise STPMError(msg)
+        module.model.ignored = read_mask(module, source)
         self.images = NormalImages(module, source) if module.crop_size is None else CroppedImages(module, source)
         trainer.datamodule = StandIn(source, self.images, validates_each_epoch(trainer, module))  # type: ignore[attr-defined]
         module.plan(self.images)

@@ -15,10 +15,11 @@ import cv2
 import numpy as np
 import openvino as ov
 
+from ...decoding import decode
 from ...errors import STPMError
 from ...training.data_record import SHORT, identify
 from ..exported_model import HELD_OUT, TRAINED, digest, files_of, images_of, read_model
-from ..images import DECODERS, HEATMAP, decode
+from ..images import DECODERS, HEATMAP
 from ..settings import options_in
 from ..table import Stamp, read_rows, stamp, video_of
 from ..verdict import Scale, Verdict, changed, read_verdict
