@@ -1,8 +1,8 @@
 """As many threads as there are processors free for them.
 
 Threads that share a processor wait for each other in every convolution, and oneDNN's and libgomp's spin while they
-wait: on two cores beside one busy process a step takes three times as long, and two trainings side by side stop each
-other almost. With one thread for each free processor it takes 1.7 times as long (`docs/speed.md`).
+wait: on two cores beside one busy process a fit takes 2.7 times as long. With one thread for each free processor it
+takes 1.8 times as long (`docs/speed.md`).
 """
 
 from __future__ import annotations
