@@ -77,8 +77,7 @@ class Scorer:
         threshold: Raw image score above which an image is anomalous, instead of the model's.
         sensitivity: Instead of the model's, in (0, 1): above 0.5 finds more, below raises fewer false alarms.
         ignore: Image file whose white parts are ignored, of the images' size.
-        reduced_decode: Decode large JPEGs to a part of their size: sooner, and scores move a little. Files alone, and
-            without maps.
+        reduced_decode: Decode large JPEGs to a part of their size: sooner, and scores move a little; without maps.
 
     Attributes:
         digest: Hash of the model's files.

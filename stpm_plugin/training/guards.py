@@ -111,7 +111,7 @@ class TrainedOnly(Base):
 
 @contextlib.contextmanager
 def out_of_place(network: nn.Module) -> Iterator[None]:
-    """Let a network's activations write to memory of their own: torch takes long to trace a ReLU6 in place."""
+    """Let a network's activations write to memory of their own: tracing a ReLU6 that works in place is slow."""
     changed: list[Any] = [part for part in network.modules() if getattr(part, "inplace", False)]
     for part in changed:
         part.inplace = False

@@ -62,8 +62,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
 
     Args:
         backbone: timm model of teacher and student; any that offers ``features_only``. A tag names its weights.
-        layers: Names (``layer1``) or indices of the matched layers, from shallow to deep; ``None`` for those of
-            strides 4, 8 and 16, the paper's.
+        layers: Names or indices of the matched layers, from shallow to deep; ``None`` for strides 4, 8 and 16.
         teacher_weights: Path of a ``.safetensors`` or ``.pth`` file; ``lite0`` for ImageNet weights of
             ``tf_efficientnet_lite0``, which are installed with this package; ``None`` for timm's pretrained weights,
             which are downloaded.
@@ -74,8 +73,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
             stand out of the image's own map; 0 for the map's maximum, as in the paper.
         aligned: Whether parts lie alike in all images, so that what is missing or in the wrong place is anomalous;
             ``None`` where the training images say so; ``False`` as in the paper.
-        ignore: Image file, of the training images' size, whose white parts neither train nor score, by any route; kept
-            in the model; ``None`` for none.
+        ignore: Image file of the training images' size, whose white parts neither train nor score; ``None`` for none.
         hard_share: Share of a batch's positions, of the largest distances, that train; 1 for all, as in the paper.
         lr: Learning rate of SGD, the highest of the schedule; 0.4 is the authors', for a batch of 32.
         momentum: Momentum of SGD, in [0, 1).
