@@ -8,8 +8,8 @@
 Each run is the real `anomalib train` in a fresh process; rows are written as they come to
 `results/training_speed.json`, and a run that has one is not repeated. All models get the same weights of torchvision's
 ResNet-18 as their teacher; anomalib's own would download others, which changes no time. Rows that name a batch and a
-number of passes are of recipes that were tried before the present one (`recipes.md`), rows beside a busy process by
-the command as of commit 951a4ce. Whole runs: `accuracy.py`.
+number of passes are of recipes that were tried before the present one (`recipes.md`), `whole` rows beside a busy
+process by the command as of commit 951a4ce, `busy` rows by the one that they name. Whole runs: `accuracy.py`.
 """
 
 from __future__ import annotations
