@@ -200,13 +200,11 @@ def start_up(model: str, originals: list[str]) -> dict[str, Row]:
 
 
 def network_table(kept: dict[str, Row]) -> str:
-    """A table of each row of networks' times, and of exports' accuracy, that is kept."""
+    """A table of each row of networks' times that is kept."""
     tables = []
     for key, row in kept.items():
-        found = row.get("variants") or (row if key.startswith("accuracy") else {})
-        found = {name: values for name, values in found.items() if isinstance(values, dict) and name != "versions"}
-        columns = [*dict.fromkeys(name for values in found.values() for name in values if name != "medians_ms")]
-        if found:
+        if found := row.get("variants"):
+            columns = [*dict.fromkeys(name for values in found.values() for name in values if name != "medians_ms")]
             lines = [[name, *(values.get(column, "") for column in columns)] for name, values in found.items()]
             tables.append(f"{key}, {row['date']}, {row['machine']}:\n\n{markdown([['', *columns], *lines])}\n")
     return "\n".join(tables)

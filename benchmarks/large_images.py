@@ -148,7 +148,6 @@ def draw(kept: dict[str, Row]) -> Figure:
         if "scores" in row:
             axis.plot(ticks, [area for area, _ in by_extent(row["scores"])], "o-", label=key)
     axis.set(xlabel="extent of the defect, pixels of 2048", ylabel="image AUROC", ylim=(0.5, 1.02))
-    axis.axhline(0.5, color="#999999", linewidth=1)
     axis.legend(fontsize=8)
     return figure
 

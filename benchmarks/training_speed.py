@@ -1,15 +1,15 @@
-"""Time of training and its growth: STPM, by the paper and with nothing kept, Stfpm, PaDiM.
+"""Time and memory of training: STPM, by the paper and with nothing kept, Stfpm, PaDiM.
 
     python -m benchmarks.training_speed passes --root DIR --teacher FILE   # seconds a pass, memory: models in turns
-    python -m benchmarks.training_speed growth --root DIR --teacher FILE   # with the number and the size of images
     python -m benchmarks.training_speed whole  --root DIR --teacher FILE   # fits of 320 and of 20,000 images
-    python -m benchmarks.training_speed plot                               # redraw and tabulate what is kept
+    python -m benchmarks.training_speed table                              # from what is kept
 
 Each run is the real `anomalib train` in a fresh process; rows are written as they come to
 `results/training_speed.json`, and a run that has one is not repeated. All models get the same weights of torchvision's
 ResNet-18 as their teacher; anomalib's own would download others, which changes no time. Rows that name a batch and a
-number of passes are of recipes that were tried before the present one (`recipes.md`), `whole` rows beside a busy
-process by the command as of commit 951a4ce, `busy` rows by the one that they name. Whole runs: `accuracy.py`.
+number of passes are of recipes that were tried before the present one (`recipes.md`), `growth` rows of one of them, by
+the command as of commit 12c2a5f, `whole` rows beside a busy process by that of 951a4ce, `busy` rows by the one that
+they name. Whole runs: `accuracy.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import yaml
@@ -44,7 +43,6 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 # Passes that are timed; those of a model are alike.
 TIMED = {"STPM": 4, "STPM, paper": 4, "STPM, paper, nothing kept": 1, "anomalib Stfpm": 1, "anomalib PaDiM": 1}
-SECONDS = [1, 2, 5, 10, 20, 50]  # marked on the plot's axes
 OTHERS = {  # PatchCore with a tenth of its usual coreset, which would take hours to pick on two cores
     "anomalib Stfpm": ("Stfpm", {}),
     "anomalib PaDiM": ("Padim", {"backbone": "resnet18"}),
@@ -57,7 +55,6 @@ BACKBONES = {"resnet18": "resnet18.tv_in1k", "lite0": "tf_efficientnet_lite0.in1
 ROUNDS = 3
 TRANSFORMS = "torchvision.transforms.v2"
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
-COUNTS, SIZES, IMAGES_AT_SIZES = (50, 100, 200, 320), (256, 384, 512), 50
 
 
 class Clock(Callback):
@@ -103,19 +100,15 @@ class Clock(Callback):
 
 def main() -> None:
     """Run one part."""
-    args = parser(__doc__, ["passes", "growth", "whole", "plot"], "--root", "--teacher").parse_args()
+    args = parser(__doc__, ["passes", "whole", "table"], "--root", "--teacher").parse_args()
     file = args.results / "training_speed.json"
-    if args.part != "plot":
+    if args.part != "table":
         with tempfile.TemporaryDirectory() as folder:
             for key, run in missing(file, runs(args, Path(folder))):
                 row = run | train(run, args.teacher.resolve(), Path(folder))
                 del row["root"]  # a path of this machine
                 keep(file, key, row | environment(f"python -m benchmarks.training_speed {args.part}"))
-    kept = rows(file)
-    print(table(kept))
-    growth = [row for key, row in kept.items() if key.startswith("growth")]
-    if growth:
-        draw(growth).savefig(file.with_suffix(".png"), dpi=110)
+    print(table(rows(file)))
 
 
 def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Row]]:
@@ -125,15 +118,10 @@ def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Row]]:
     if args.part == "passes":
         for number, (model, epochs) in itertools.product(range(ROUNDS), TIMED.items()):
             yield f"passes, {model}, round {number}", usual | {"model": model, "epochs": epochs, "seed": number}
-    elif args.part == "whole":
+    else:
         for number, count in itertools.product(range(ROUNDS), (320, 20_000)):
             run = usual | {"root": few(source, count, folder / str(count)), "epochs": None, "seed": number}
             yield f"whole, {count:,} images, round {number}", run | {"name": f"STPM, {count:,} images"}
-    else:
-        shapes = [*((IMAGES_AT_SIZES, size) for size in SIZES), *((count, 256) for count in COUNTS)]
-        for (count, size), (model, epochs) in itertools.product(dict.fromkeys(shapes), TIMED.items()):
-            run = usual | {"model": model, "root": few(source, count, folder / str(count)), "epochs": min(epochs, 2)}
-            yield f"growth, {model}, {count} images, {size} pixels", run | {"images": count, "size": size}
 
 
 def few(source: Path, count: int, root: Path) -> str:
@@ -261,26 +249,6 @@ def table(kept: dict[str, Row]) -> str:
         cells = [spread([row[column] for row in found], digits) for column, digits in columns.items()]
         lines.append([name, len(found), *cells])
     return markdown(lines)
-
-
-def draw(growth: list[Row]) -> plt.Figure:
-    """Draw the growth of a pass with the number and the size of the images."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    axes[0].set(xlabel="training images at 256 x 256", ylabel="seconds a pass")
-    axes[1].set(xlabel=f"image height and width, pixels ({IMAGES_AT_SIZES} images)")
-    panels = [("images", COUNTS, "size", 256), ("size", SIZES, "images", IMAGES_AT_SIZES)]
-    for axis, (name, marks, other, value) in zip(axes, panels, strict=True):
-        for model, marker in zip(TIMED, "osD^v", strict=True):
-            found = [row for row in growth if row["model"] == model and row[other] == value]
-            points = sorted((row[name], mean(row["pass_seconds"])) for row in found)
-            axis.plot(*np.transpose(points or np.empty((0, 2))), marker=marker, label=model)
-        axis.set(xscale="log", yscale="log")
-        axis.set_xticks(marks, marks, minor=False)
-        axis.minorticks_off()
-        axis.set_yticks(SECONDS, SECONDS)
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(TIMED), fontsize=8)
-    return figure
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from conftest import TINY
 
-from benchmarks.pictures import draw, of_kind, predict
+from docs.demo_picture import draw, of_kind, predict
 from stpm_plugin import DemoData
 
 

@@ -1,7 +1,7 @@
 """Draw the README's picture: demo images, good and with each defect, their true masks and a model's maps.
 
     stpm demo
-    python -m benchmarks.pictures results/STPM/DemoData/plate-v1-80-10-0/latest/weights/lightning/model.ckpt
+    python -m docs.demo_picture results/STPM/DemoData/plate-v1-80-10-0/latest/weights/lightning/model.ckpt
 
 Maps have no colour where they are calm, a line at the threshold, and below them the verdict and the image score.
 """
