@@ -11,13 +11,14 @@ from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from conftest import fit, loaded
 from PIL import Image
+from timm.layers import Conv2dSame
 
 from stpm_plugin import STPMModel, STPMPostProcessor
 from stpm_plugin.deployment.int8 import outside_the_backbones, same_labels
 from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.errors import STPMError
 from stpm_plugin.false_alarms import limit
-from stpm_plugin.training.guards import out_of_place
+from stpm_plugin.model.tracing import padded_alike, traceable
 
 SIZES = [(64, 64), (101, 77), (200, 131)]
 
@@ -200,19 +201,32 @@ def test_int8_with_control_goes_back_to_float_until_held_out_maps_agree(demo, tm
         model.to_openvino(tmp_path, compression_type=CompressionType.INT8_ACQ, datamodule=demo)
 
 
-def test_activations_write_in_place_again_after_an_export_that_failed():
+def test_a_network_is_as_before_after_an_export_that_failed():
     network = STPMModel("tf_efficientnet_lite0")
-    before = [getattr(part, "inplace", None) for part in network.modules()]
-    assert True in before
+
+    def changed():
+        return [(getattr(part, "inplace", None), "forward" in vars(part)) for part in network.modules()]
+
+    before = changed()
+    assert (True, False) in before
 
     def fail():
-        with out_of_place(network):
-            assert not any(getattr(part, "inplace", False) for part in network.modules())
+        with traceable(network):
+            assert not any(in_place for in_place, _ in changed())
+            assert any(padded for _, padded in changed())
             raise RuntimeError("failed")
 
     with pytest.raises(RuntimeError, match="failed"):
         fail()
-    assert [getattr(part, "inplace", None) for part in network.modules()] == before
+    assert changed() == before
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 2, 1), (5, 2, 1), (3, 1, 1), (3, 3, 2), (1, 2, 1)])
+def test_padding_in_whole_numbers_is_timms(kernel, stride, dilation):
+    convolution = Conv2dSame(2, 3, kernel, stride, dilation=dilation)
+    for height, width in ((7, 8), (9, 12), (10, 11)):
+        features = torch.rand(1, 2, height, width)
+        torch.testing.assert_close(padded_alike(convolution, features), convolution(features))
 
 
 def test_a_full_disk_is_said_before_the_export(trained, tmp_path, monkeypatch):

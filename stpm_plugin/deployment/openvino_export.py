@@ -22,7 +22,6 @@ from ..errors import STPMError
 from ..model.network import STPMModel
 from ..model.pre_processing import AntialiasedResize
 from ..training.diagnostics import require_room, size_of
-from ..training.guards import TrainedOnly
 from ..training.thresholds import HELD_OUT, VALIDATION, STPMPostProcessor
 from .exported_model import REACHES, describe, write
 from .int8 import require_held_out, round_model
@@ -48,12 +47,6 @@ class OpenVINOExport(Callback):
         export_root: str | None = None,
     ) -> None:
         self.compression_type, self.input_size, self.export_root = compression_type, input_size, export_root
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse, before a training, what could not be exported after it."""
-        del trainer
-        if stage == "fit" and isinstance(pl_module, TrainedOnly):
-            pl_module.require_exportable(self.input_size)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Export as `anomalib export` does."""

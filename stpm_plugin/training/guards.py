@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
-from timm.layers import Conv2dSame
-from torch import nn
 from torch.export import Dim
 
 from ..errors import STPMError
+from ..model.tracing import traceable
 from .data import check_depth
 
 if TYPE_CHECKING:
@@ -80,26 +77,11 @@ class TrainedOnly(Base):
             msg = "a tiled model cannot be exported to ONNX or OpenVINO: train it on whole images, or use to_torch."
             raise STPMError(msg)
         input_size = kwargs.get("input_size", args[2] if len(args) > 2 else None)
-        self.require_exportable(input_size)
         if cast("STPM", self).network_size is None and input_size is None:
             kwargs = {"dynamic_shapes": any_size(self.model.teacher.strides[-1]), **kwargs}
         # anomalib asks for operator set 14, which torch cannot write: it would try, log a traceback and write 18
-        with out_of_place(self.model):
+        with traceable(self.model):
             return super().to_onnx(*args, **{"opset_version": 18, "verbose": False, **kwargs})
-
-    def require_exportable(self, input_size: tuple[int, int] | None) -> None:
-        """Refuse to export for images of all sizes what pads by the size: torch would not end.
-
-        Raises:
-            STPMError: Images are not resized, no size is given, and the network pads as TensorFlow does.
-        """
-        padded = any(isinstance(part, Conv2dSame) for part in self.model.modules())
-        if padded and cast("STPM", self).network_size is None and input_size is None:
-            msg = (
-                f"{self.model.backbone} pads by the size of the image, which torch cannot export for images of all "
-                "sizes: name one with input_size (--input_size), or train a ResNet."
-            )
-            raise STPMError(msg)
 
     def to_openvino(self, export_root: Path | str, *args: Any, **kwargs: Any) -> Path:
         """Export as anomalib does, but for INT8: see :func:`stpm_plugin.deployment.openvino_export.export`."""
@@ -107,19 +89,6 @@ class TrainedOnly(Base):
 
         self.require_trained()
         return export(cast("STPM", self), super().to_openvino, export_root, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def out_of_place(network: nn.Module) -> Iterator[None]:
-    """Let a network's activations write to memory of their own: tracing a ReLU6 that works in place is slow."""
-    changed: list[Any] = [part for part in network.modules() if getattr(part, "inplace", False)]
-    for part in changed:
-        part.inplace = False
-    try:
-        yield
-    finally:
-        for part in changed:
-            part.inplace = True
 
 
 def any_size(stride: int) -> tuple[dict[int, Any]]:
