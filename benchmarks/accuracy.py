@@ -147,9 +147,8 @@ def over_latency(groups: Groups, variants: dict[str, Row]) -> plt.Figure:
             milliseconds = variants.get(f"{key}, float32", variants.get(key))["p50_ms"]
             axis.plot(milliseconds, value, "o", color=f"C{number}", markersize=9)
             above = 8 if name != "anomalib PatchCore" else -16  # whose point is just below another
-            axis.annotate(
-                label, (milliseconds, value), xytext=(0, above), textcoords="offset points", ha="center", size=9
-            )
+            where = {"xytext": (0, above), "textcoords": "offset points", "ha": "center"}
+            axis.annotate(label, (milliseconds, value), size=9, **where)
             if rounded := variants.get(f"{key}, INT8"):
                 axis.plot([rounded["p50_ms"], milliseconds], [value, value], ":", color=f"C{number}")
                 axis.plot(rounded["p50_ms"], value, "o", color=f"C{number}", markersize=9, fillstyle="none")

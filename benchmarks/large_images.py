@@ -41,7 +41,6 @@ from benchmarks.training_speed import BACKBONES
 from stpm_plugin import STPM, DemoData
 
 DRAWN = {"train_images": 80, "test_images": 16, "image_side": 2048, "defect_pixels": (6, 40)}
-OWN: Row = {"image_size": None, "batch_size": 1}
 EXTENTS = list(itertools.pairwise((0, 10, 16, 25, 60)))  # pixels: drawn defects of a range are counted together
 
 
@@ -79,12 +78,17 @@ def data_of(name: str, work: Path) -> AnomalibDataModule:
     return made
 
 
+def settings_of(size: str) -> Row:
+    """The model's arguments for a size."""
+    kind, _, crop = size.partition("-")
+    made: Row = {"image_size": None, "batch_size": 1} if kind == "own" else {"image_size": (int(size), int(size))}
+    return made | ({"crop_size": int(crop)} if crop else {})
+
+
 def measured(name: str, size: str, args: argparse.Namespace) -> Row:
     """Fit once, and score the test images."""
-    data, (kind, _, crop) = data_of(name, args.work), size.partition("-")
-    settings: Row = OWN if kind == "own" else {"image_size": (int(size), int(size))}
-    settings = settings | {"crop_size": int(crop)} if crop else {}
-    model = STPM(backbone=BACKBONES[args.backbone], teacher_weights=args.teacher, seed=args.seed, **settings)
+    data, backbone = data_of(name, args.work), BACKBONES[args.backbone]
+    model = STPM(backbone=backbone, teacher_weights=args.teacher, seed=args.seed, **settings_of(size))
     with tempfile.TemporaryDirectory() as folder:
         engine, seconds = fit(model, data, folder, limit_val_batches=1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

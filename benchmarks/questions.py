@@ -146,10 +146,7 @@ def main() -> None:
                 if question == "match":
                     row["looks"] = json.loads((folder / "distances.json").read_text())
                 del job["data"]  # a path of this machine
-                row |= {
-                    "seconds": round(time.time() - begin),
-                    **environment(f"python -m benchmarks.questions {question}"),
-                }
+                row |= {"seconds": round(time.time() - begin)} | environment(f"python -m {NAME} {question}")
                 keep(file, key, {"question": question, **job, **row})
     from benchmarks.question_figures import draw
 

@@ -16,6 +16,7 @@ from anomalib.engine import Engine
 from conftest import checkpoint_in, command, exported_in, fit, loaded
 from PIL import Image
 
+from benchmarks.large_images import settings_of
 from stpm_plugin import STPM, DemoData, STPMModel, STPMPreProcessor
 from stpm_plugin.deployment import large_images
 from stpm_plugin.deployment.scorer import Scorer
@@ -57,6 +58,12 @@ def test_how_far_a_resnet_sees():
 @pytest.mark.parametrize("backbone", ["mobilenetv3_small_100", "swin_tiny_patch4_window7_224"])
 def test_a_network_that_sees_the_whole_image_takes_no_windows(backbone):
     assert reaches(STPMModel(backbone).teacher) is None
+
+
+def test_a_benchmarks_size_is_the_models():
+    assert settings_of("384") == {"image_size": (384, 384)}
+    assert settings_of("own") == {"image_size": None, "batch_size": 1}
+    assert settings_of("own-160") == {"image_size": None, "batch_size": 1, "crop_size": 160}
 
 
 def test_windows_leave_no_gap_and_have_one_size():

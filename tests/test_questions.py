@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from anomalib.data import ImageBatch, MVTecAD
 from conftest import command, fit
 
-from benchmarks.question_figures import separation
-from benchmarks.questions import QUESTIONS, Distances, SizedAUPRO, subset
+from benchmarks.environment import rows
+from benchmarks.question_figures import ALL, separation
+from benchmarks.questions import QUESTIONS, Distances, SizedAUPRO, jobs, name_of, subset
 
 ROOT = Path(__file__).parents[1]
 LITTLE = ("--size", "64", "--passes", "1")
@@ -31,16 +33,23 @@ def test_figures_of_all_questions_are_drawn_from_what_is_kept(tmp_path: Path) ->
 
 
 def test_a_question_runs_what_it_lacks_and_keeps_its_rows(demo_root: Path, tmp_path: Path) -> None:
-    """A training of each teacher that is at hand, and then none."""
+    """A training of the one teacher of two that has no row, and then none."""
     (source,) = demo_root.glob("plate-*")
+    options = SimpleNamespace(data=[source], teacher=None, size=64, passes=1)
+    asked = {name_of(job): job for job in jobs("teachers", options, ["cifar10", "random"])}
+    (first, job), (second, _) = asked.items()
+    known = job | {"data": None, "question": "teachers", "metrics": dict.fromkeys(ALL, 0.5), "seconds": 1}
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps({first: known}))
     ask = (*ASK, "teachers", "--data", str(source), *LITTLE, "--results", str(tmp_path))
     command(*ask, cwd=ROOT)
-    kept = (tmp_path / "questions.json").read_text()
-    rows = json.loads(kept).values()
-    assert [row["teacher"] for row in rows] == ["cifar10", "random"]
-    assert all({"versions", "date", "command", "metrics"} <= row.keys() for row in rows)
+    kept = rows(file)
+    assert [*kept] == [first, second]
+    assert kept[first] == json.loads(json.dumps(known))
+    assert {"versions", "date", "command", "metrics"} <= kept[second].keys()
+    assert kept[second]["teacher"] == "random"
     command(*ask, cwd=ROOT)
-    assert (tmp_path / "questions.json").read_text() == kept
+    assert rows(file) == kept
 
 
 def test_distances_are_looked_at_before_and_after_passes(demo, tmp_path: Path) -> None:
