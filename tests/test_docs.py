@@ -77,6 +77,8 @@ def test_a_command_of_the_pages_runs(line: str, place: dict[str, str], demo_root
         command = re.sub(r"--trainer.max_epochs \d+", "", command) + f" {epochs} --trainer.enable_progress_bar false"
         command += "" if "ckpt" in command or "teacher_weights" in command else f" --model.teacher_weights {TEACHER}"
         command += "" if "ckpt" in command else " --model.image_size [64,64]"
+    if "anomalib " in command and ("--data MVTecAD" in command or " -c " in command):
+        command += " --data.num_workers 0"  # by anomalib's default eight processes for each reading of ten images
     if command.startswith("stpm train"):
         size = "crop_size 32" if "native" in command else "image_size [64,64]"
         command += f" --trainer.max_epochs 1 --model.init_args.{size}"

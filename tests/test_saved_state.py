@@ -21,6 +21,7 @@ from stpm_plugin.deployment.int8 import indices_of
 from stpm_plugin.errors import STPMError
 from stpm_plugin.false_alarms import limit
 from stpm_plugin.training.data_record import identify, paths_of
+from stpm_plugin.training.lightning_model import default_pre_processor
 
 SETTINGS = {**HEAD, "layers": ["layer1", "layer2"], "image_size": (48, 80), "holdout": 0.3, "visualizer": False}
 SAVED = {"normal_quantile": 0.8, "image_sensitivity": 0.4}
@@ -80,11 +81,11 @@ def test_a_default_that_is_given_in_python_is_stated_too(default, of_quantile):
 
 
 def test_what_the_checkpoint_says_may_be_stated(of_quantile, data):
-    stated = {"backbone": "resnet18", "layers": [1, 2], "image_size": (48, 80), "visualizer": False}
+    stated = {"backbone": MODEL["backbone"], "layers": [1, 2], "image_size": (48, 80), "visualizer": False}
     bare = scored(STPM(visualizer=False), data(), of_quantile)
     assert same(bare, scored(STPM(**stated), data(), of_quantile))
     assert same(bare, scored(STPM.load_from_checkpoint(of_quantile, **stated), data()))
-    own = STPMPreProcessor(image_size=(48, 80))
+    own = default_pre_processor(MODEL["backbone"], (48, 80))
     assert same(bare, scored(STPM(pre_processor=own, image_size=(32, 32), visualizer=False), data(), of_quantile))
 
 

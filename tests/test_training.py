@@ -11,7 +11,7 @@ import torch
 from anomalib.data import AnomalibDataset, ImageBatch, InferenceBatch
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, Evaluator
-from conftest import MODEL, TINY, anomalib, fit
+from conftest import MODEL, RESNET18, TINY, anomalib, fit
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torchvision.transforms import v2
@@ -166,7 +166,7 @@ def test_cached_equals_uncached(demo_root, tmp_path, monkeypatch, kept, weights,
     results = []
     for cache in ("memory", "off"):
         datamodule = DemoData(root=demo_root, **TINY)
-        engine, model = fit(datamodule, tmp_path / cache, 3, cache=cache, precision="trainer")
+        engine, model = fit(datamodule, tmp_path / cache, 3, cache=cache, precision="trainer", **RESNET18)
         results.append((student(model), engine.test(model, datamodule=datamodule)[0]["pixel_AUROC"]))
     (cached, cached_metric), (fresh, fresh_metric) = results
     assert (cached - fresh).norm() / fresh.norm() < weights
@@ -527,7 +527,7 @@ def test_a_full_disk_is_said(demo, tmp_path, monkeypatch, caplog):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(demo, tmp_path, monkeypatch):
-    engine, _ = fit(demo, tmp_path, 1)
+    engine, _ = fit(demo, tmp_path, 1, **RESNET18)
     before = Path(engine.best_model_path).read_bytes()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
     with pytest.raises(STPMError, match=r"a checkpoint may take 1\d MiB and the disk of .* has 1: make room"):

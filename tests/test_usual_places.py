@@ -100,7 +100,7 @@ def aligned(plates, tmp_path_factory):
 def test_every_route_knows_the_usual_places(aligned, tmp_path):
     model, checkpoint = aligned
     places = model.model.usual_places
-    assert places.mean.shape == (128, 8, 8)
+    assert places.mean.shape == (48, 8, 8)
     assert 0 < places.ordinary < 1 < places.limit
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     made = model.eval()(images)
