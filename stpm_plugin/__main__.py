@@ -9,11 +9,11 @@ HELP = """stpm_plugin {version}: STPM for anomalib.
 
 `python -m stpm_plugin fit|train|test|predict|export ...` is anomalib's own command line, with STPM in it.
 `stpm {commands} ...` are this package's commands.
-After each, --help says more."""
+Add --help to any of them to see its options."""
 
 
 def main() -> None:
-    """Say what there is, or run anomalib's command line."""
+    """Print the help or the version, or run anomalib's command line."""
     if sys.argv[1:2] in ([], ["-h"], ["--help"]):
         print(HELP.format(version=__version__, commands="|".join(COMMANDS)))
         return

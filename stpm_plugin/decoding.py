@@ -9,7 +9,7 @@ import numpy as np
 
 from .errors import STPMError
 
-UNREADABLE = "cannot be read as an image, or not as training reads it: convert it to a plain PNG of 8 bits a channel"
+UNREADABLE = "cannot be read as an image the way training reads it: convert it to a plain PNG with 8 bits per channel"
 PNG, TIFF = b"\x89PNG", (b"II*\0", b"MM\0*")  # first bytes
 JPEG, JPEG_FRAMES = b"\xff\xd8", {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # first bytes; markers that tell the size
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
@@ -82,6 +82,6 @@ def read_ignored(path: str | Path) -> np.ndarray:
         raise STPMError(msg)
     ignored: np.ndarray = np.all(mask > WHITE, axis=2)
     if ignored.all():
-        msg = f"the mask {path} is white everywhere: every pixel would be ignored; white is what to ignore."
+        msg = f"the mask {path} is white everywhere: every pixel would be ignored. Paint white only what to ignore."
         raise STPMError(msg)
     return ignored

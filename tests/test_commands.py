@@ -102,7 +102,7 @@ def test_help_needs_neither_torch_nor_anomalib_nor_openvino():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("nope", "nope is no command; there are demo, train, score, report,"),
+        ("nope", "nope is not a command; the commands are demo, train, score, report,"),
         ("score", "is missing. See `stpm score --help`."),
         ("score model.xml images --nope 3", "there is no option --nope. See `stpm score --help`."),
         ("score model.xml images --batch x", "--batch: Expected a int. Got value: x."),
@@ -122,33 +122,33 @@ def test_a_wrong_line_is_one_sentence(line, words, capsys):
     ("line", "words"),
     [
         ("score missing.xml parts", "the model missing.xml does not exist: give the .xml file"),
-        ("score model.ckpt parts", "model.ckpt is no exported model: give the .xml file"),
+        ("score model.ckpt parts", "model.ckpt is not an exported model: give the .xml file"),
         ("score model.ckpt images --watch --ray local", "--watch runs on one machine"),
         ("train missing", "missing is not there: name a folder of good images."),
         ("train model.ckpt", "model.ckpt is a file: name a folder of good images."),
         ("train empty", "holds 0 images, and a training needs at least 3"),
         ("train junk", "holds 0 images"),
-        ("train mvtec", "mvtec is laid out as MVTec AD: say `stpm train mvtec/train/good --bad mvtec/test`."),
-        ("train mixed", "mixed holds bad, whose images would train as good"),
-        ("train parts --bad parts/some", "holds parts/some, whose images would train as good"),
+        ("train mvtec", "mvtec has the layout of MVTec AD: run `stpm train mvtec/train/good --bad mvtec/test`."),
+        ("train mixed", "mixed holds bad, whose images would count as good"),
+        ("train parts --bad parts/some", "holds parts/some, whose images would count as good"),
         ("train parts --name ../x", "--name ../x names a folder below results: give a name without slashes."),
-        ("train parts --results ünter", "anomalib reads no path with letters beyond ASCII, and "),
+        ("train parts --results ünter", "anomalib cannot read paths with non-ASCII letters, and "),
         ("train parts --results model.ckpt", "--results model.ckpt is a file: name a folder."),
         ("train parts --resume missing", "missing does not exist: name the folder of a run"),
         ("train parts --masks empty", "--masks are the masks of bad images: give --bad too."),
         ("train parts --bad missing", "--bad missing is not there: name a folder."),
         ("train parts --bad empty", "--bad empty holds no image."),
         ("train parts --recipe nope", "--recipe nope is neither `folder`, `native` nor a YAML file"),
-        ("train parts --recipe padim.yaml", "padim.yaml trains anomalib.models.Padim, and this command STPM alone"),
-        ("train parts --recipe table.yaml", "table.yaml is no YAML of settings with model and data"),
+        ("train parts --recipe padim.yaml", "padim.yaml trains anomalib.models.Padim, but this command only STPM"),
+        ("train parts --recipe table.yaml", "table.yaml is not a YAML of settings with model and data"),
         ("export missing", "missing does not exist: name the folder of a run, or its .ckpt file."),
         ("export empty", "empty holds no weights/lightning/model.ckpt"),
-        ("export junk/notes.txt", "junk/notes.txt is no checkpoint"),
+        ("export junk/notes.txt", "junk/notes.txt is not a checkpoint"),
         ("export model.ckpt --int8", "model.ckpt does not say which good images trained it: name their folder"),
         ("export model.ckpt --int8 --compression fp16", "--int8 and --compression fp16 contradict each other"),
         ("report empty", "empty/config.yaml is missing: name a run's folder"),
-        ("report empty --heatmaps empty", "--heatmaps belongs to a CSV; those of empty are drawn anew."),
-        ("report table.csv", "table.csv says which model wrote it by its hash alone"),
+        ("report empty --heatmaps empty", "--heatmaps is for a CSV: leave it out, since those of empty are drawn"),
+        ("report table.csv", "table.csv names its model only by a hash"),
         ("report missing.csv --model model.ckpt", "missing.csv does not exist: name a CSV that `stpm score` wrote."),
         ("report model.ckpt --model model.ckpt", "is not a CSV of scores"),
         ("config demo --out model.ckpt", "model.ckpt exists: remove it, or name another file with --out."),
@@ -211,7 +211,7 @@ def test_another_models_checkpoint_is_one_sentence(demo, tmp_path, monkeypatch):
 
 def test_a_training_is_quiet_and_ends_with_its_threshold(trained_run):
     folder, said = trained_run
-    assert "8 good images trained it, 2 were held out." in said
+    assert "on 8 good images; 2 were held out." in said
     assert re.search(r"image threshold \S+ from the held-out good images; expected false alarms 0.50%", said)
     assert "tested: image AUROC " in said
     for line in ("model: ", "exported: ", "next: stpm report "):

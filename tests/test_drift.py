@@ -109,7 +109,7 @@ def test_a_threshold_takes_good_readable_images_and_shows_itself(exported, good,
     before = sorted(exported.parent.iterdir())
     for arguments, words in [
         (["--good", "x.png"], "x.png cannot be read as an image"),
-        (["--good", good, "--false-alarms", "1"], "--false-alarms 1.0 must lie between 0 and 1"),
+        (["--good", good, "--false-alarms", "1"], "--false-alarms 1.0 must be between 0 and 1"),
         (["--good", str(next(demo_root.glob("*/train/good")))], "of the 10 images trained the model"),
         (["--good", good, "--value", "1"], "--good and --value each set the threshold: give one of them"),
         (["--false-alarms", "0.1"], "--false-alarms needs good images"),

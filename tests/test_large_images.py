@@ -288,7 +288,7 @@ def test_a_stated_size_against_the_checkpoints_is_refused(own_size, trained, dem
         STPM(image_size=(32, 32)).load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     with pytest.raises(STPMError, match=r"image_size=None was stated.* of 64 x 64 pixels"):
         STPM.load_from_checkpoint(trained, image_size=None)
-    with pytest.raises(STPMError, match="trained on images at their own size: state image_size null to resume it"):
+    with pytest.raises(STPMError, match="trained on images at their own size: set image_size to null to resume it"):
         fit(demo, tmp_path, 3, ckpt_path=checkpoint, image_size=(256, 256))
 
 
@@ -316,7 +316,7 @@ def test_an_image_that_is_too_small_is_refused_by_each_route(own_size, own_size_
     scorer = Scorer(own_size_exported)
     with pytest.raises(STPMError, match="image of 7 x 30 pixels is smaller than the stride 8"):
         trained.model(torch.zeros(1, 3, 7, 30))
-    with pytest.raises(STPMError, match="small has 7 x 30 pixels, and the model, which resizes nothing, needs 8"):
+    with pytest.raises(STPMError, match=r"small has 7 x 30 pixels, .* which does not resize, needs at least 8"):
         list(scorer.score_arrays([("small", np.zeros((7, 30, 3), np.uint8))], "BGR"))
 
 

@@ -141,7 +141,7 @@ def test_other_images_begin_the_choice_anew(demo, tmp_path, monkeypatch, caplog)
     engine, _ = fit(demo, tmp_path / "first", 2)
     with caplog.at_level("INFO"):
         _, model = fit(drawn(tmp_path / "noise"), tmp_path / "second", 4, engine.best_model_path)
-    assert "other images are held out than in the checkpoint's run, so the choice begins anew" in caplog.text
+    assert "the held-out images differ from the checkpoint's, so the choice starts over" in caplog.text
     assert model.selection.chosen.epoch == 3
     assert model.selection.scores == [0.6, 0.5]
 
@@ -455,7 +455,7 @@ def test_a_collation_of_its_own_is_run_in_each_epoch(demo_root, tmp_path, monkey
     datamodule.external_collate_fn = collate
     with caplog.at_level("INFO"):
         fit(datamodule, tmp_path, 2)
-    assert "the datamodule has a collation of its own, which may change images" in caplog.text
+    assert "the datamodule's own collation may change images" in caplog.text
     assert sum(calls) == 2 * 10 + 2  # and the held-out ones once more, for the thresholds
 
 

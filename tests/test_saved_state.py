@@ -229,7 +229,7 @@ def test_a_checkpoint_of_an_older_head_is_refused(of_quantile, data, tmp_path):
     }
     torch.save(checkpoint, newer := tmp_path / "newer.ckpt")
     words = (
-        r"^the checkpoint is of stpm_plugin 0.1 or 0.2 and its scores \(score_share 0.02, level_power {}.*train .* anew"
+        r"^the checkpoint is of stpm_plugin 0.1 or 0.2, and its .*\(score_share 0.02, level_power {}.*train .* again"
     )
     for path, power in ((old, 0), (newer, -1)):
         with pytest.raises(STPMError, match=words.format(power)):
@@ -251,7 +251,7 @@ def test_a_checkpoint_of_version_0_1_0_with_the_papers_head_gives_the_same_verdi
     assert same(expected, scored(loaded, data()))
     assert "false alarms unknown" in loaded.post_processor.report()
     assert loaded.data_record is None
-    with pytest.warns(UserWarning, match="holds no held-out scores .* the stated normal_quantile changes none"):
+    with pytest.warns(UserWarning, match="holds no held-out scores .* the stated normal_quantile has no effect"):
         stated = STPM.load_from_checkpoint(old, post_processor=STPMPostProcessor(normal_quantile=0.6))
     assert same(expected, scored(stated, data()))
 
@@ -363,7 +363,7 @@ def test_int8_refuses_other_data_and_says_what_it_does_not_know(of_quantile, dat
     other = DemoData(root=tmp_path, **{**TINY, "seed": 1, "train_images": 2})
     other.setup("fit")
     with pytest.raises(
-        STPMError, match=r"of the data's 2 good images 0 trained this model and 0 were held out, of 7 and 3"
+        STPMError, match=r"2 good images include 0 of the 7 that trained this model and 0 of its 3 held-out ones"
     ):
         indices_of(other.train_data, record)
     datamodule = data()

@@ -185,7 +185,7 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
     for name in ("f10.png", "f2.png", "f1.jpg", "notes.txt"):
         (tmp_path / name).touch()
     assert [path.rsplit("/", 1)[1] for path in find_images([str(tmp_path)])] == ["f1.jpg", "f2.png", "f10.png"]
-    with pytest.raises(STPMError, match="leads to no image"):
+    with pytest.raises(STPMError, match="no image found at"):
         find_images([str(tmp_path / "*.bmp")])
 
 
@@ -196,13 +196,13 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
         (["{broken}", "{images}"], "cannot be read"),
         (["{model}", "{images}", "--csv", "{broken}"], "is not a CSV of scores"),
         (["{model}", "{images}", "--csv", "/dev/null"], "is not a regular file"),
-        (["{model}", "{images}", "--sensitivity", "1"], "sensitivity=1.0 must lie between 0 and 1"),
+        (["{model}", "{images}", "--sensitivity", "1"], "sensitivity=1.0 must be between 0 and 1"),
         (["{model}", "{images}", "--threshold", "-1"], "threshold=-1.0 must be above 0"),
         (["{model}", "{images}", "--batch", "0"], "batch=0 must be at least 1"),
         (["{model}", "{images}", "--ignore", "{broken}"], "cannot be read as an image"),
         (["{model}", "{model}", "--watch"], "--watch takes folders"),
         (["{model}", "{images}", "--device", "TOASTER"], "device TOASTER cannot run"),
-        (["{model}", "nowhere"], "nowhere leads to no image"),
+        (["{model}", "nowhere"], "no image found at nowhere"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, words, exported, numbered_images, tmp_path, capsys):

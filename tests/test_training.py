@@ -126,7 +126,7 @@ def test_augmented_training_is_made_anew_and_says_so_once(demo_root, tmp_path, m
     datamodule = DemoData(root=demo_root, val_split_mode="none", train_augmentations=flips, **TINY)
     with caplog.at_level("INFO"):
         _, model = fit(datamodule, tmp_path, 3)
-    assert caplog.text.count("training images are augmented") == 1
+    assert caplog.text.count("the training images are augmented") == 1
     assert "keeping" not in caplog.text
     assert len(work.read) == work.taught == 3 * 10 + 2  # and the held-out ones once more, for the thresholds
     assert model.selection.chosen.score < 1
@@ -455,7 +455,7 @@ def test_bad_checkpoints_are_refused(trained, exported, demo, demo_root, tmp_pat
     half.write_bytes(trained.read_bytes()[:100_000])
     torch.save({**torch.load(trained, weights_only=True), "bomb": Bomb()}, bomb)
     images = next(demo_root.glob("*/test/good"))
-    for checkpoint, words in ((half, "is truncated or no checkpoint"), (bomb, "holds more than tensors and settings")):
+    for checkpoint, words in ((half, "is truncated or not a checkpoint"), (bomb, "holds more than tensors and")):
         said = f"the checkpoint {checkpoint} {words}"
         for read in (lambda path: predict(path, images), lambda path: fit(demo, tmp_path / "run", 5, path)):
             caplog.clear()

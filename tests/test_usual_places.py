@@ -137,7 +137,7 @@ def test_few_images_know_no_place_and_say_so(demo, tmp_path):
     _, model = fit(demo, tmp_path, 1)
     assert model.model.usual_places is None
     with pytest.raises(
-        STPMError, match=r"aligned=True was stated, but 8 training images are too few .* or leave aligned"
+        STPMError, match=r"aligned=True was stated, but 8 training images are too few: give .* or leave aligned"
     ):
         fit(demo, tmp_path, 1, aligned=True)
 

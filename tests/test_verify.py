@@ -45,7 +45,7 @@ def test_images_that_trained_the_model_do_not_count_for_auroc(models, demo_root,
     drawn = str(next(demo_root.glob("plate-*/train")))
     assert stpm(["verify", checkpoint, right, drawn, "--precision", "f32"]) == 0
     said = capsys.readouterr().out
-    assert "8 of them trained the model: they are compared, and do not count for AUROC" in said
+    assert "8 of them trained the model: they are compared, but do not count for AUROC" in said
     assert "image AUROC" not in said
 
 

@@ -14,14 +14,14 @@ Name = Literal["stpm", "paper", "folder", "native", "demo", "benchmark"]
 
 @dataclass
 class Config:
-    """Write one of the packaged YAML files of settings, for `anomalib train -c FILE` and to change it.
+    """Write one of the packaged YAML files of settings, to change it and run it with `anomalib train -c FILE`.
 
-    stpm is the default recipe on MVTec AD, paper the paper's, folder your own images, native your own images at their
-    own size, demo drawn ones, and benchmark a comparison with other models by `anomalib benchmark --config FILE`.
+    stpm is the default recipe on MVTec AD, and paper the paper's. folder is for your own images, native for them at
+    their own size, demo for drawn ones. benchmark compares models with `anomalib benchmark --config FILE`.
 
     Args:
-        name: Which one.
-        out: File to write; NAME.yaml here, if not given.
+        name: Name of the file of settings.
+        out: File to write; by default NAME.yaml in the current folder.
     """
 
     name: Name

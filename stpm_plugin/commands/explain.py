@@ -29,7 +29,7 @@ THRESHOLD = 0.5  # of normalised scores
 
 @dataclass
 class Explain:
-    """Draw what a trained model sees: the levels' maps beside the anomaly map, its training, and its scores.
+    """Draw what a trained model sees: the levels' maps next to the anomaly map, its training, and its scores.
 
     Writes training.png, the held-out score over the epochs with the selected one marked; scores.png, a histogram of
     image scores with the threshold; and one panel for each of the images with the highest scores.
@@ -38,7 +38,7 @@ class Explain:
         checkpoint: .ckpt file of a trained STPM.
         images: Folders, files or patterns; folders named `good` are normal.
         out: Folder to write.
-        most: Pictures of single images.
+        most: Most images to draw a panel of.
     """
 
     checkpoint: str
@@ -136,7 +136,7 @@ def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int
     paths: list[str] = find_images(images)
     trained = trained_on(model, paths)
     if trained:
-        print(f"{len(trained)} of the images trained the model: they are drawn apart, and say nothing of good ones")
+        print(f"{len(trained)} of the images trained the model: their scores say nothing about other good images")
     broken: list[str] = []
     seen: list[Seen] = []
     scores: list[float] = []

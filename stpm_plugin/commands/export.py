@@ -29,13 +29,13 @@ class Export:
 
     Args:
         source: Folder of a run, or its .ckpt file.
-        compression: int8 rounds the networks on the good images that trained them; int8_acq goes back to float where
-            the maps of held-out images change; fp16 halves the file alone.
+        compression: int8 quantises the networks with the good images that trained them; int8_acq returns to float where
+            the maps of held-out images change too much; fp16 only halves the file.
         int8: The same as --compression int8.
-        good: Folder of the good images that trained the model, for int8; where the run says they are, if not given.
-        input_size: Height and width of the images, as "[256,256]", for a graph of that size alone; any, if not given.
-        max_drop: For int8_acq: how far the maps may change, as docs/int8.md says.
-        out: Folder to write to; the run's, if not given.
+        good: Folder of the good images that trained the model, for int8; by default the folder that the run names.
+        input_size: Height and width of the images, as "[256,256]", for a graph of that size only; by default any size.
+        max_drop: For int8_acq: how far the maps may change (docs/int8.md).
+        out: Folder to write to; by default the run's.
     """
 
     source: Path
@@ -69,7 +69,7 @@ class Export:
             if compression in types:
                 options["compression_type"] = CompressionType[types[compression]]
             if images is not None:
-                terminal.say("rounding on the good images that trained the model, which takes a minute or more ...")
+                terminal.say("quantising with the good images that trained the model, for a minute or more ...")
                 options["datamodule"] = datamodule_of(images)
             return load(str(checkpoint)).to_openvino(root, input_size=self.input_size, **options)
 
@@ -111,7 +111,7 @@ def checkpoint_of(source: Path) -> Path:
         msg = f"{source} does not exist: name the folder of a run, or its .ckpt file."
         raise STPMError(msg)
     if source.suffix != ".ckpt":
-        msg = f"{source} is no checkpoint: name the .ckpt file of a trained STPM, or the folder of its run."
+        msg = f"{source} is not a checkpoint: name the .ckpt file of a trained STPM, or the folder of its run."
         raise STPMError(msg)
     return source
 

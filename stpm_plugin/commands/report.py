@@ -28,9 +28,9 @@ class Report:
 
     Args:
         source: A run's folder, whose test images are then scored, or a CSV that `stpm score` wrote.
-        model: The exported model that wrote the CSV; for a run, the one to score with, if not its own in float.
-        heatmaps: Folder of the pictures that `stpm score --heatmaps` drew, for a CSV.
-        out: The page; report.html in the run's folder or beside the CSV, if not given.
+        model: The exported model that wrote the CSV; for a run, the model to score with, by default its float export.
+        heatmaps: For a CSV, the folder of the pictures that `stpm score --heatmaps` drew.
+        out: The page to write; by default report.html in the run's folder or next to the CSV.
     """
 
     source: Path
@@ -42,11 +42,11 @@ class Report:
         """Make it; returns 0."""
         if self.source.is_dir():
             if self.heatmaps is not None:
-                msg = f"--heatmaps belongs to a CSV; those of {self.source} are drawn anew."
+                msg = f"--heatmaps is for a CSV: leave it out, since those of {self.source} are drawn again."
                 raise STPMError(msg)
             return self.of_run(self.source)
         if self.model is None:
-            msg = f"{self.source} says which model wrote it by its hash alone: name the model's .xml file with --model."
+            msg = f"{self.source} names its model only by a hash: name the model's .xml file with --model."
             raise STPMError(msg)
         self.write(self.source, self.model, self.heatmaps, self.out or self.source.with_name("report.html"), None)
         return 0
@@ -77,7 +77,7 @@ class Report:
     ) -> None:
         """Write the page and say where it is."""
         if heatmaps is not None and not heatmaps.is_dir():
-            msg = f"--heatmaps {heatmaps} is no folder: name the one that `stpm score --heatmaps` wrote."
+            msg = f"--heatmaps {heatmaps} is not a folder: name the one that `stpm score --heatmaps` wrote."
             raise STPMError(msg)
         found = contents.contents_of(table, model, kinds)
         if not found.images:

@@ -39,10 +39,10 @@ def logged(log: Path, what: str, work: Callable[[Quiet], Made]) -> Made:
             raise
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's way to end
             raise KeyboardInterrupt from None
-        msg = f"{what} failed: {_last_error(log)} ({log} has all of it)."
+        msg = f"{what} failed: {_last_error(log)} (full log: {log})."
         raise STPMError(msg) from None
     except Exception as error:
-        msg = f"{what} failed: {_shortened(str(error) or type(error).__name__)} ({log} has all of it)."
+        msg = f"{what} failed: {_shortened(str(error) or type(error).__name__)} (full log: {log})."
         raise STPMError(msg) from error
 
 

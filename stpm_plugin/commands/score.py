@@ -17,30 +17,30 @@ class Score:
     """Score images with an exported model, to a CSV.
 
     A row has the image's path, its score in [0, 1] (0.5 is the threshold), raw score and label, the percentage of the
-    held-out good images with a lower score, the latency, and what the row belongs to: size and time of the image, hash
-    of the model, settings. Run again, it resumes; images that have changed are scored again.
+    held-out good images with a lower score, the latency, the image's size and time of change, the model's hash and the
+    settings. Run the command again to resume it; images that have changed are scored again.
 
     The exit code is 0, 1 after an error, 2 if images were unreadable, and with --fail-on-anomaly 3 if one is anomalous.
 
     Args:
         model: .xml or .onnx file that `stpm train` or `stpm export` wrote.
         images: Folders, files, videos, or quoted patterns such as 'parts/**/*.png'.
-        csv: The table.
-        restart: Begin the table anew, whatever model wrote it.
-        json: Print each new verdict too, with anomalous regions.
+        csv: The table to write or to resume.
+        restart: Start the table over, whichever model wrote it.
+        json: Also print each new verdict as JSON, with anomalous regions.
         heatmaps: Folder for pictures with anomalous regions, score and label.
         threshold: Raw score above which an image is anomalous, instead of the model's.
-        sensitivity: In (0, 1), above 0.5 finds more, instead of the model's.
-        ignore: Image of the images' size whose white parts are ignored.
-        reduced_decode: Decode JPEGs to a half or less where that leaves 3 pixels for each of the model's, along a side.
-            Faster, and scores move (docs/deploy.md). Without --json, --heatmaps and --ignore.
-        watch: Go on with what is dropped into the folders, until Ctrl-C.
+        sensitivity: In (0, 1), instead of the model's; above 0.5 finds more.
+        ignore: Mask, an image of the images' size; its white parts are ignored.
+        reduced_decode: Decode JPEGs at half their size or less, if 3 pixels are left for each of the model's along a
+            side. Faster, but scores move (docs/deploy.md). Not with --json, --heatmaps or --ignore.
+        watch: Score what is dropped into the folders, until Ctrl-C.
         fail_on_anomaly: Exit code 3 if an image is anomalous.
-        device: CPU, GPU, AUTO ...
-        hint: Many images a second, or one soon.
-        batch: Images in a request.
-        precision: To compute in; f32 keeps the verdicts of training.
-        threads: CPU threads; all, if not given.
+        device: OpenVINO's device: CPU, GPU, AUTO ...
+        hint: Whether to score many images a second, or one image as soon as possible.
+        batch: Images per request.
+        precision: Precision to compute in; f32 keeps the verdicts of training.
+        threads: CPU threads; by default all.
         ray: Score over a Ray cluster: its address, `auto` or `local`.
     """
 
@@ -69,7 +69,7 @@ class Score:
             msg = "--watch runs on one machine: leave out --ray."
             raise STPMError(msg)
         if self.reduced_decode and (self.json or self.heatmaps or self.ignore):
-            msg = "--reduced-decode gives scores and labels alone: leave out --json, --heatmaps and --ignore."
+            msg = "--reduced-decode gives only scores and labels: leave out --json, --heatmaps and --ignore."
             raise STPMError(msg)
         from .scoring import Run  # OpenVINO and OpenCV, which --help need not wait for
 

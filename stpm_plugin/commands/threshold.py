@@ -28,17 +28,17 @@ NEW_IMAGES = "new good images"  # the basis that is written down
 class Threshold:
     """Show the thresholds of an exported model, or write a model with others.
 
-    With --good, the thresholds are set anew from images that trained nothing, later ones of the line. The image
-    threshold comes from their scores and the pixel threshold from the maxima of their maps, by the rule of
-    docs/thresholds.md. The new model is read by every host; its scores are s / (s + threshold).
+    With --good, the thresholds are set again from good images that did not train the model, such as later ones from
+    the line. The image threshold comes from their scores and the pixel threshold from the maxima of their maps, by the
+    rule of docs/thresholds.md. Every host reads the new model; its scores are s / (s + threshold).
 
     Args:
         model: .xml file that `stpm train` or `stpm export` wrote.
         good: Good images to set the thresholds from: folders, files or patterns.
-        false_alarms: Share of good images to call anomalous, with --good; 0.01 if not given.
+        false_alarms: Share of good images to call anomalous, with --good; by default 0.01.
         value: Raw image score to take as the threshold instead.
-        sensitivity: In (0, 1), above 0.5 finds more; moves the thresholds instead.
-        out: Model to write; MODEL_threshold.xml beside it, if not given.
+        sensitivity: Moves the thresholds instead; in (0, 1), above 0.5 finds more.
+        out: Model to write; by default MODEL_threshold.xml next to the model.
         device: OpenVINO's device.
     """
 
@@ -106,7 +106,7 @@ def renewed(verdict: Verdict, options: Threshold) -> Verdict:
     """
     share = 0.01 if options.false_alarms is None else options.false_alarms
     if not 0 < share < 1:
-        msg = f"--false-alarms {share} must lie between 0 and 1, such as 0.01."
+        msg = f"--false-alarms {share} must be between 0 and 1, such as 0.01."
         raise STPMError(msg)
     quantile = 1 - share
     broken: list[str] = []
@@ -114,8 +114,8 @@ def renewed(verdict: Verdict, options: Threshold) -> Verdict:
     trained = among([Path(path) for path in paths], images_of(read_model(ov.Core(), options.model), TRAINED))
     if trained:
         msg = (
-            f"{len(trained)} of the {len(paths)} images trained the model, the first of them {min(trained)}: their "
-            "scores are lower than those of other good images. Give images that trained nothing."
+            f"{len(trained)} of the {len(paths)} images trained the model, such as {min(trained)}: their scores are "
+            "lower than those of other good images. Give good images that did not train it."
         )
         raise STPMError(msg)
     scores, maxima = raw_scores(options.model, options.device, paths, broken)

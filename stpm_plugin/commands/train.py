@@ -31,26 +31,26 @@ DEFECTS = {"bad", "defect", "defective", "defects", "ng", "nok", "not_good", "an
 class Train:
     """Train on a folder of good images, and set the threshold from some of them that are held out.
 
-    Ends with the threshold, what set it and the false alarms to expect, and the paths of the checkpoint and the
-    exported model. With --bad the model is tested too: a fifth of the good images, or those in the folder `good` below
-    BAD, trains nothing and is tested beside the bad ones.
+    Prints the threshold, what set it, the false alarms to expect, and the paths of the checkpoint and the exported
+    model. With --bad the model is tested too, on the bad images and on good images that it does not train on: those in
+    BAD/good if that folder exists, else a fifth of the good images.
 
     Options that begin with --model., --data. or --trainer. go to `anomalib train`, such as
     --model.init_args.image_size "[384,384]".
 
     Args:
         folder: Good images: a folder of them, or one with a subfolder `good`.
-        bad: Folder of images with defects, or of one folder for each kind of them; they train nothing.
-        masks: Folder of the defects' masks, laid out and named as BAD is.
-        name: Name of the product, and of its folder below RESULTS; that of FOLDER, if not given.
+        bad: Folder of images with defects, or of one folder for each kind of defect; used only for the test.
+        masks: Folder of the defects' masks, with the same layout and names as BAD.
+        name: Name of the product, and of its folder below RESULTS; by default FOLDER's name.
         results: Folder for runs; each gets a folder of its own.
         teacher: The teacher's weights, a .safetensors or .pth file; `lite0` for EfficientNet-Lite0, a lighter network
-            whose ImageNet weights are installed; timm's of ResNet-18 from the hub, if not given.
-        recipe: Settings: `folder`, or `native` for large images with small defects (docs/large-images.md), as `stpm
-            config` writes them, or a YAML file.
-        ignore: Image file of the images' size, white where they are neither trained on nor scored, such as a bench
-            around the part. The model keeps it; `stpm score --ignore` leaves out more.
-        resume: Checkpoint of an interrupted training to go on from.
+            whose ImageNet weights are installed; by default timm's weights of ResNet-18 from the hub.
+        recipe: Settings to train by: `folder`; `native` for large images with small defects (docs/large-images.md);
+            or a YAML file, such as `stpm config` writes.
+        ignore: Mask, an image file of the images' size: its white parts, such as a bench around the part, are neither
+            trained on nor scored. The model keeps it; `stpm score --ignore` can ignore more.
+        resume: Checkpoint of an interrupted training to resume.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class Train:
         good = good_images(self.folder, self.bad)
         for folder in filter(None, (good, self.bad, self.masks, self.results)):
             if not str(folder.absolute()).isascii():
-                msg = f"anomalib reads no path with letters beyond ASCII, and {folder.absolute()} has some: rename it."
+                msg = f"anomalib cannot read paths with non-ASCII letters, and {folder.absolute()} has some: rename it."
                 raise STPMError(msg)
         name = named_after(self.folder) if self.name is None else self.name
         if Path(name).name != name or name in ("", ".", ".."):
@@ -93,7 +93,7 @@ class Train:
         except KeyboardInterrupt:
             left = self.results / "STPM" / name / "latest" / CHECKPOINT
             print(
-                f"stopped; add --resume {left.resolve()} to go on." if left.is_file() else "stopped.", file=sys.stderr
+                f"stopped; add --resume {left.resolve()} to resume." if left.is_file() else "stopped.", file=sys.stderr
             )
             return STOPPED
         return 0
@@ -132,7 +132,7 @@ def run_recipe(recipe: str, name: str, results: Path, arguments: list[str], test
         if test:
             terminal.say("testing ...")
             made.engine.test(made.model, datamodule=made.datamodule)
-        terminal.say(f"trained in {in_words(time.monotonic() - started)}; {account(made, test)}")
+        terminal.say(f"trained in {in_words(time.monotonic() - started)} {account(made, test)}")
         terminal.say(where(folder))
         return folder
 
@@ -151,10 +151,10 @@ def require_stpm(recipe: Path) -> None:
         settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         trained = settings["model"]["class_path"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        msg = f"--recipe {recipe} is no YAML of settings with model and data: `stpm config folder` writes one."
+        msg = f"--recipe {recipe} is not a YAML of settings with model and data: `stpm config folder` writes one."
         raise STPMError(msg) from None
     if trained.rpartition(".")[2] != "STPM":
-        msg = f"--recipe {recipe} trains {trained}, and this command STPM alone: use `anomalib train -c {recipe}`."
+        msg = f"--recipe {recipe} trains {trained}, but this command only STPM: use `anomalib train -c {recipe}`."
         raise STPMError(msg)
 
 
@@ -170,14 +170,14 @@ def good_images(folder: Path, bad: Path | None) -> Path:
     if (folder / "train" / "good").is_dir():
         test = folder / "test"
         more = f" --bad {test}" if test.is_dir() else ""
-        msg = f"{folder} is laid out as MVTec AD: say `stpm train {folder / 'train' / 'good'}{more}`."
+        msg = f"{folder} has the layout of MVTec AD: run `stpm train {folder / 'train' / 'good'}{more}`."
         raise STPMError(msg)
     good = (folder / "good" if (folder / "good").is_dir() else folder).absolute()
     odd = sorted(each.name for each in good.iterdir() if each.is_dir() and each.name.lower() in DEFECTS)
     if bad is not None and good in (bad.absolute(), *bad.absolute().parents):
         odd = [str(bad)]
     if odd:
-        msg = f"{good} holds {odd[0]}, whose images would train as good: put the good images in a folder {good}/good."
+        msg = f"{good} holds {odd[0]}, whose images would count as good: put the good images in a folder {good}/good."
         raise STPMError(msg)
     count = len(images_below(good))
     if count < FEWEST:
@@ -206,8 +206,8 @@ def settings_of_test(bad: Path | None, masks: Path | None) -> dict[str, object]:
         names, of_masks = ([each.name for each in folders] for folders in (kinds, of_kind))
         if len(names) != len(of_masks) or (len(names) > 1 and names != of_masks):
             msg = (
-                f"{bad} holds the kinds {', '.join(names)}, and {masks} {', '.join(of_masks)}: give each kind of "
-                "defects a folder of masks of its name."
+                f"{bad} holds the kinds {', '.join(names)}, but {masks} holds {', '.join(of_masks)}: give each kind of "
+                "defect a folder of masks with the same name."
             )
             raise STPMError(msg)
         found["mask_dir"] = of_kind
@@ -242,7 +242,7 @@ def account(made: AnomalibCLI, test: bool) -> str:
     """What a training came to: its images, its threshold, and how it did in the test."""
     model = made.model
     record = model.data_record
-    said = f"{len(record.digests) - len(record.held_out)} good images trained it, {len(record.held_out)} were held out."
+    said = f"on {len(record.digests) - len(record.held_out)} good images; {len(record.held_out)} were held out."
     said += f"\n{model.post_processor.report()}" if hasattr(model.post_processor, "report") else ""
     metrics = made.engine.trainer.callback_metrics
     measured = [

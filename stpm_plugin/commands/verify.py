@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 class Verify:
     """Compare an exported model with its checkpoint on images.
 
-    Says for each precision that the device offers how far scores and labels differ, how long an image takes, and
-    whether it is safe. AUROC is compared too if there are images inside and outside folders named `good`, without those
-    that trained the model. The exit code is 0 if scores and labels agree within the limits (in f32, or in all that
-    --precision names), 2 if they do and images were unreadable, else 1.
+    For each precision that the device offers, it prints how far scores and labels differ, how long an image takes, and
+    whether the precision is safe. AUROC is compared too if there are images inside and outside folders named `good`;
+    images that trained the model do not count for it. The exit code is 0 if scores and labels agree within the limits
+    (in f32, or in all that --precision names), 2 if they agree but images were unreadable, else 1.
 
     Args:
         checkpoint: .ckpt file of a trained STPM.
         model: .xml or .onnx file that was exported from it.
         images: Folders, files or patterns; folders named `good` are normal.
         device: OpenVINO's device.
-        precision: Those to compare; all that the device offers, if not given.
-        scores: Largest difference of a score; 0.1 suits INT8.
-        labels: Least share of equal labels.
-        auroc: Largest loss of AUROC.
+        precision: Precisions to compare; by default all that the device offers.
+        scores: Largest difference of a score that is allowed; 0.1 suits INT8.
+        labels: Smallest share of equal labels that is allowed.
+        auroc: Largest loss of AUROC that is allowed.
     """
 
     checkpoint: str
@@ -158,14 +158,14 @@ def compare(options: Verify) -> int:
     paths = find_images(options.images)
     read, before = eager_verdicts(eager, paths, broken)
     if not read:
-        msg = f"none of the images can be read, the first of them {paths[0]}."
+        msg = f"none of the {len(paths)} images can be read; the first is {paths[0]}."
         raise STPMError(msg)
     defective = np.array([Path(path).parent.name != "good" for path in read])
     trained = trained_on(eager, read)
     unseen = np.array([path not in trained for path in read])
-    print(f"{len(read)} images, {options.model} beside {options.checkpoint}")
+    print(f"{len(read)} images, {options.model} against {options.checkpoint}")
     if trained:
-        print(f"{len(trained)} of them trained the model: they are compared, and do not count for AUROC")
+        print(f"{len(trained)} of them trained the model: they are compared, but do not count for AUROC")
     safe = {}
     for name, scorer in scorers.items():
         safe[name], words = agree(before, exported_verdicts(scorer, read, name), defective, unseen, options)

@@ -54,7 +54,7 @@ class Cluster:
         try:
             ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            msg = f"no Ray cluster answers at {address!r} ({error}): start one with `ray start --head`, or --ray local."
+            msg = f"no Ray cluster answers at {address!r} ({error}): run `ray start --head`, or use --ray local."
             raise STPMError(msg) from None
         sent = [*files_of(Path(options["model"])), *([Path(options["ignore"])] if options.get("ignore") else [])]
         self.arguments = {
@@ -83,7 +83,7 @@ class Cluster:
         items = []
         for path in paths:
             if Path(path).suffix.lower() in VIDEOS:
-                msg = f"{path} is a video, which one node reads: score it without --ray."
+                msg = f"{path} is a video, which only one node can read: score it without --ray."
                 raise STPMError(msg)
             items.append({"path": json.dumps(path)})  # as ASCII: a name may hold bytes that are no text
         if not items:

@@ -79,7 +79,7 @@ def read_model(core: ov.Core, path: Path, batch: int | None = None) -> ov.Model:
         msg = f"the model {path} does not exist: give the .xml file that `stpm export` or `anomalib export` wrote."
         raise STPMError(msg)
     if path.suffix not in (".xml", ".onnx"):
-        msg = f"{path} is no exported model: give the .xml file that `stpm export` or `anomalib export` wrote."
+        msg = f"{path} is not an exported model: give the .xml file that `stpm export` or `anomalib export` wrote."
         raise STPMError(msg)
     try:
         network = core.read_model(path)

@@ -98,8 +98,8 @@ def require_held_out(record: DataRecord | None) -> None:
     """
     if record is None or not record.identified or not record.held_out:
         msg = (
-            "INT8_ACQ and normal_quantile need images that were held out from training, and this model has or knows "
-            "none: train it with holdout above 0, or use INT8_PTQ with a validation set."
+            "INT8_ACQ and normal_quantile need images that were held out from training, but this model records none: "
+            "train it with holdout above 0, or use INT8_PTQ with a validation set."
         )
         raise STPMError(msg)
 
@@ -125,7 +125,7 @@ def indices_of(dataset: Any, record: DataRecord | None) -> tuple[list[int], list
     """
     if record is None or not record.identified:
         rank_zero_warn(
-            "STPM: this model does not say which images trained it: all of the data's calibrate, none is held out."
+            "STPM: this model does not say which images trained it: all images calibrate, and none counts as held out."
         )
         return list(range(len(dataset))), []
     _, _, digests = identify(paths_of(dataset))
@@ -133,8 +133,9 @@ def indices_of(dataset: Any, record: DataRecord | None) -> tuple[list[int], list
     held_out = [index for index, digest in enumerate(digests) if digest in record.held_out_digests]
     if not trained or (record.held_out and not held_out):
         msg = (
-            f"of the data's {len(digests)} good images {len(trained)} trained this model and {len(held_out)} were held "
-            f"out, of {len(record.trained_digests)} and {len(record.held_out)}: name its training data with --data."
+            f"the data's {len(digests)} good images include {len(trained)} of the {len(record.trained_digests)} that "
+            f"trained this model and {len(held_out)} of its {len(record.held_out)} held-out ones: name its training "
+            "data with --data."
         )
         raise STPMError(msg)
     missing = len(record.trained_digests) - len({digests[index] for index in trained})
@@ -218,8 +219,7 @@ def set_thresholds(
 ) -> None:
     """Set a post-processor's thresholds and normalisation anew, from what a rounded model gives.
 
-    The rule is the one that set them before. An image threshold that the validation set's labels have set becomes the
-    one that repeats the float model's labels.
+    The rule stays. An image threshold from the validation set becomes the one that repeats the float model's labels.
 
     Args:
         post_processor: The float model's; it is changed.

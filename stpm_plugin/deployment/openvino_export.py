@@ -94,7 +94,7 @@ def export(
         raise STPMError(msg)
     if rounds and not appended:
         name = type(module.post_processor).__name__
-        msg = f"INT8 sets its thresholds anew, which {name} does not offer: use STPMPostProcessor, or export in FP16."
+        msg = f"INT8 needs new thresholds, which {name} cannot set: use STPMPostProcessor, or export in FP16."
         raise STPMError(msg)
     drop = max_drop if compression_type == CompressionType.INT8_ACQ else None
     if drop is not None or (rounds and getattr(module.post_processor, "normal_quantile", None) is not None):

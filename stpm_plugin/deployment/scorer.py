@@ -121,7 +121,7 @@ class Scorer:
         self.smallest = 1 if seen is None else seen[-1].stride
         self.reduce_to = self.size if reduced_decode else None
         if reduced_decode and (self.size is None or ignore is not None):
-            msg = "reduced_decode needs a model that resizes images first, and no mask, which would not fit."
+            msg = "reduced_decode needs a model that resizes images, and no mask: leave reduced_decode out."
             raise STPMError(msg)
         if self.verdict is not None:
             network = ov.Model([tensor_of(network, name) for name in (RAW_SCORE, RAW_MAP)], network.get_parameters())
@@ -157,7 +157,7 @@ class Scorer:
                 requested of images that are decoded to a part of their size.
         """
         if maps and self.reduce_to is not None:
-            msg = "reduced_decode gives scores and labels alone: leave out maps, regions and heat maps."
+            msg = "reduced_decode gives only scores and labels: leave out maps, regions and heat maps."
             raise STPMError(msg)
         paths = (str(path) for path in files)
         prepare = functools.partial(self._prepare, keep=maps)
@@ -191,7 +191,7 @@ class Scorer:
         """The network's input (3, h, w), RGB, float32 in [0, 1], of an image (H, W, 3), BGR, uint8."""
         if self.ignored is not None and self.ignored.shape != image.shape[:2]:
             sizes = ["{} x {}".format(*shape[:2]) for shape in (image.shape, self.ignored.shape)]
-            msg = f"{name} has {sizes[0]} pixels and the mask {self.ignore} {sizes[1]}: they must be equal."
+            msg = f"{name} has {sizes[0]} pixels and the mask {self.ignore} has {sizes[1]}: they must be equal."
             raise STPMError(msg)
         if self.only is not None and self.only != image.shape[:2]:
             msg = (
@@ -201,8 +201,8 @@ class Scorer:
             raise STPMError(msg)
         if min(image.shape[:2]) < self.smallest:
             msg = (
-                f"{name} has {image.shape[0]} x {image.shape[1]} pixels, and the model, which resizes nothing, needs "
-                f"{self.smallest} along each side: take it out of the images."
+                f"{name} has {image.shape[0]} x {image.shape[1]} pixels, and the model, which does not resize, needs "
+                f"at least {self.smallest} along each side: leave this image out."
             )
             raise STPMError(msg)
         pixels = image if self.size is None else resize(image, self.size)
@@ -321,7 +321,7 @@ def compiled(core: ov.Core, network: ov.Model, device: str, options: dict[str, A
         return core.compile_model(network, device, options)
     except RuntimeError as error:
         others = ", ".join(core.available_devices)
-        msg = f"device {device} cannot run the model ({last_line(error)}); there are: {others}."
+        msg = f"device {device} cannot run the model ({last_line(error)}): use one of {others}."
         raise STPMError(msg) from None
 
 

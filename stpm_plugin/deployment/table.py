@@ -207,7 +207,7 @@ def _whole_rows(file: io.BufferedReader, path: Path, restart: bool) -> tuple[lis
     """
     first = file.readline(4 * len(HEADER)).removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
     if first == OLD_HEADER:
-        msg = f"{path} is of version 0.1.0, which did not keep what a score belongs to: give --csv a new file."
+        msg = f"{path} is of version 0.1.0, which did not record the model of a score: give --csv a new file."
         raise STPMError(msg)
     empty = file.tell() == 0
     if not empty and first != HEADER:

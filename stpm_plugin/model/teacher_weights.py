@@ -66,10 +66,9 @@ def _fetch(backbone: str, teacher: FrozenPyramid) -> Mapping[str, Tensor]:
         )
     except Exception as error:
         msg = (
-            f"the weights of {backbone} could not be fetched from timm's hub ({type(error).__name__}). Without a "
-            "network give teacher_weights the path of a .safetensors or .pth file, or take the light network, whose "
-            "weights are installed: `stpm train --teacher lite0`, or teacher_weights lite0 and backbone "
-            "tf_efficientnet_lite0."
+            f"the weights of {backbone} could not be fetched from timm's hub ({type(error).__name__}). Offline, set "
+            "teacher_weights to a .safetensors or .pth file, or use the light teacher, whose weights are installed: "
+            "`stpm train --teacher lite0`, or teacher_weights=lite0 and backbone=tf_efficientnet_lite0."
         )
         raise STPMError(msg) from None
     return net.state_dict()
@@ -120,13 +119,13 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         msg = (
-            f"teacher_weights={str(path)!r} holds more than tensors, or is corrupt, and is not loaded: save "
-            "the network's state_dict() alone, best as .safetensors."
+            f"teacher_weights={str(path)!r} holds more than tensors, or is corrupt, so it is not loaded: save "
+            "only the network's state_dict(), preferably as .safetensors."
         )
         raise STPMError(msg) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        msg = f"teacher_weights={str(path)!r} is corrupt or no weights file ({reason}): fetch it again."
+        msg = f"teacher_weights={str(path)!r} is corrupt or not a weights file ({reason}): fetch it again."
         raise STPMError(msg) from None
     weights = weights.get("state_dict", weights) if isinstance(weights, Mapping) else {}
     return {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}

@@ -100,8 +100,8 @@ class CroppedImages(NormalImages):
         odd = parts_besides(transform, PIXEL_BY_PIXEL)
         if odd:
             msg = (
-                f"crop_size={module.crop_size} trains on crops of images at their own size, and the pre-processor has "
-                f"a {type(odd[0]).__name__}: set image_size instead, or leave that out."
+                f"crop_size={module.crop_size} trains on crops of images at their own size, but the pre-processor has "
+                f"a {type(odd[0]).__name__}: set image_size instead, or remove the {type(odd[0]).__name__}."
             )
             raise STPMError(msg)
 

@@ -194,8 +194,8 @@ def sizes_differ(path: Any, shape: Sequence[int], others: Sequence[int]) -> str:
     """Say that a training image, or one of a batch, has another height and width than others."""
     first = path[0] if isinstance(path, list) else path
     return (
-        f"training image {first} has {shape[-2]} x {shape[-1]} pixels and others {others[-2]} x {others[-1]}, and the "
-        "pre-processor resizes to no fixed size: add a Resize to it, or set batch_size=1 and cache=off."
+        f"training image {first} has {shape[-2]} x {shape[-1]} pixels and others {others[-2]} x {others[-1]}, but the "
+        "pre-processor does not resize to a fixed size: add a Resize to it, or set batch_size=1 and cache=off."
     )
 
 

@@ -38,7 +38,7 @@ def check_run(trainer: Trainer, module: STPM) -> None:
     """
     if str(trainer.precision) not in PRECISIONS:
         msg = (
-            f"trainer.precision={trainer.precision} would change teacher and images themselves: use one of "
+            f"trainer.precision={trainer.precision} would change the teacher and the images: use one of "
             f"{', '.join(PRECISIONS)}."
         )
         raise STPMError(msg)
@@ -52,8 +52,8 @@ def check_run(trainer: Trainer, module: STPM) -> None:
         raise STPMError(msg)
     if module.transform is not None and not _can_be_saved(module.pre_processor):
         msg = (
-            f"anomalib cannot save the pre-processor's transform ({type(module.transform).__name__}), so that a "
-            "checkpoint would prepare images another way: use torchvision's Resize, CenterCrop and Normalize, and give "
+            f"anomalib cannot save the pre-processor's transform ({type(module.transform).__name__}), so a loaded "
+            "checkpoint would prepare images differently: use torchvision's Resize, CenterCrop and Normalize, and give "
             "random transforms to the datamodule as train_augmentations."
         )
         raise STPMError(msg)
@@ -166,9 +166,9 @@ def bad_checkpoint(path: str | Path | None, error: BaseException) -> str | None:
     if not path or not Path(path).is_file() or not isinstance(error, RuntimeError | pickle.UnpicklingError):
         return None
     if not zipfile.is_zipfile(path):
-        return f"the checkpoint {path} is truncated or no checkpoint: give another, or train again."
+        return f"the checkpoint {path} is truncated or not a checkpoint: give another, or train again."
     if isinstance(error, pickle.UnpicklingError):
-        return f"the checkpoint {path} holds more than tensors and settings, and is not loaded: train it anew."
+        return f"the checkpoint {path} holds more than tensors and settings, so it is not loaded: train again."
     return None
 
 

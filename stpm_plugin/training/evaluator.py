@@ -33,7 +33,7 @@ class BothKinds(Evaluator):
         """Log the metrics, or say why there are none."""
         if len(self.seen) == 1 and trainer.world_size == 1:
             kind = "defective" if self.seen == {1} else "good"
-            rank_zero_info(f"STPM: all tested images are {kind}: AUROC and F1 need both kinds, and are not given.")
+            rank_zero_info(f"STPM: all tested images are {kind}: AUROC and F1 need both kinds, so they are left out.")
             for metric in self.test_metrics:
                 cast("Metric", metric).reset()
             return

@@ -153,8 +153,8 @@ def _no_room(need: int, storage: torch.device | Path, error: OSError) -> None:
     """Warn that ``need`` bytes cannot be kept."""
     free = shutil.disk_usage(storage).free / 2**30 if isinstance(storage, Path) and storage.is_dir() else 0.0
     rank_zero_warn(
-        f"STPM: the cache of {need / 2**30:.2f} GiB finds no room in {storage} ({free:.2f} GiB free, "
-        f"{error.strerror}): training goes on without it, slower. Point cache_dir at a larger disk to have it."
+        f"STPM: the cache of {need / 2**30:.2f} GiB does not fit in {storage} ({free:.2f} GiB free, "
+        f"{error.strerror}): training continues without it, more slowly. Point cache_dir at a larger disk."
     )
 
 

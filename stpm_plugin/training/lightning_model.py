@@ -306,7 +306,7 @@ def check_crops(module: STPM) -> None:
     if module.network_size is not None:
         height, width = module.network_size
         msg = (
-            f"crop_size={module.crop_size} trains on crops of images at their own size, and these are resized to "
+            f"crop_size={module.crop_size} trains on crops of images at their own size, but these are resized to "
             f"{height} x {width}: set image_size to null, or leave crop_size out."
         )
         raise STPMError(msg)

@@ -39,8 +39,8 @@ def read_mask(module: STPM, source: Any) -> Ignored | None:
     size = module.network_size
     if size is None:
         msg = (
-            f"ignore={path} takes images that are resized to one size, and these are not: set image_size, or give the "
-            "mask to `stpm score --ignore` alone."
+            f"ignore={path} needs images that are resized to one size, and these are not: set image_size, or give the "
+            "mask only to `stpm score --ignore`."
         )
         raise STPMError(msg)
     mask = torch.from_numpy(read_ignored(path))
@@ -51,7 +51,7 @@ def read_mask(module: STPM, source: Any) -> Ignored | None:
     own, name = size_of_first(dataset)
     if own != tuple(mask.shape):
         msg = (
-            f"training image {name} has {own[0]} x {own[1]} pixels and the mask {path} {mask.shape[0]} x "
+            f"training image {name} has {own[0]} x {own[1]} pixels and the mask {path} has {mask.shape[0]} x "
             f"{mask.shape[1]}: they must be equal."
         )
         raise STPMError(msg)
@@ -59,8 +59,8 @@ def read_mask(module: STPM, source: Any) -> Ignored | None:
     odd = [*parts_besides(module.transform, (*PIXEL_BY_PIXEL, Resize)), *([] if collate is None else [collate])]
     if odd:
         msg = (
-            f"ignore={path} is resized as the images are, and these go through a {type(odd[0]).__name__} too: leave "
-            "one of them out."
+            f"ignore={path} is only resized, but the images also go through a {type(odd[0]).__name__}: leave out one "
+            "of the two."
         )
         raise STPMError(msg)
     ignored = Ignored(size, digest_of(path))
@@ -108,14 +108,14 @@ def restore_mask(module: STPM, saved: Mapping[str, Any] | None, stated: Mapping[
     path, own = stated.get("ignore"), module.model.ignored
     if path is not None and saved is None:
         msg = (
-            f"ignore={path} was stated, and the checkpoint's model was trained on all of its images: train it with the "
+            f"ignore={path} was stated, and the checkpoint's model was trained without a mask: train it with the "
             "mask, or give the mask to `stpm score --ignore`."
         )
         raise STPMError(msg)
     if path is not None and saved is not None and Path(path).is_file() and digest_of(path) != saved["digest"]:
         msg = (
             f"ignore={path} was stated, and the checkpoint's model was trained with another mask: leave ignore out, or "
-            "train the model anew."
+            "train the model again."
         )
         raise STPMError(msg)
     if describe_mask(own) == saved:

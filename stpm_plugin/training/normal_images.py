@@ -208,12 +208,12 @@ class NormalImages:
         if self.module.cache == "off":
             return False
         if getattr(self.source, "external_collate_fn", None) is not None:
-            why = "the datamodule has a collation of its own, which may change images"
+            why = "the datamodule's own collation may change images"
         elif augments(self._loader.dataset, self.module.transform):
-            why = "training images are augmented"
+            why = "the training images are augmented"
         else:
             return True
-        rank_zero_info(f"STPM: {why}, so they and the teacher's features are made anew in each epoch.")
+        rank_zero_info(f"STPM: {why}, so images and teacher features are computed again in each epoch.")
         return False
 
     @torch.no_grad()

@@ -45,9 +45,7 @@ def learn(module: STPM, images: NormalImages) -> UsualPlaces | None:
         return None
 
     if images.trained < FEWEST:
-        _refuse_if_stated(
-            module, f"{images.trained} training images are too few to know a place: give {FEWEST} or more"
-        )
+        _refuse_if_stated(module, f"{images.trained} training images are too few: give {FEWEST} or more")
         return None
 
     def features() -> Iterator[Tensor]:

@@ -151,10 +151,7 @@ def _restore_pre_processor(module: STPM, saved: Mapping[str, Any] | None, stated
     wanted = saved["config"] if saved else without
     changed = (own.checkpoint_config() if own is not None else without) != wanted
     if changed and "pre_processor" in stated:
-        msg = (
-            "pre_processor was stated, and the checkpoint's model was trained on images that were prepared another "
-            "way: leave pre_processor out."
-        )
+        msg = "pre_processor was stated, and the checkpoint's model was trained with another: leave pre_processor out."
         raise STPMError(msg)
     if changed and own is not None:
         own.load_checkpoint_config(wanted)
@@ -179,8 +176,8 @@ def _restore_post_processor(module: STPM, saved: Mapping[str, Any] | None) -> No
         saved["class"] in INTERCHANGEABLE and isinstance(own, STPMPostProcessor)
     ):
         msg = (
-            f"the checkpoint's post-processor is a {saved['class']} and this model's a {type(own).__name__}, which "
-            f"would label images another way: give post_processor={saved['class']}."
+            f"the checkpoint's post-processor is a {saved['class']} and this model's is a {type(own).__name__}, which "
+            f"would label images differently: give post_processor={saved['class']}."
         )
         raise STPMError(msg)
     own.load_checkpoint_config(saved["config"])
@@ -191,7 +188,7 @@ def _restore_post_processor(module: STPM, saved: Mapping[str, Any] | None) -> No
         if said.startswith("normal_quantile") and not own.held_out_scores:
             rank_zero_warn(
                 "STPM: this checkpoint holds no held-out scores to set thresholds from, so the stated normal_quantile "
-                "changes none: train the model anew."
+                "has no effect: train the model again."
             )
 
 
@@ -204,8 +201,8 @@ def _restore_network(module: STPM, state: Mapping[str, Any], stated: Mapping[str
         if name in stated and stated[name] != state[name]:
             head[name] = stated[name]
             rank_zero_warn(
-                f"STPM: {name}={stated[name]} as stated, instead of the checkpoint's {state[name]}: its thresholds "
-                "were set for that, so labels mean little until `anomalib validate` or a training sets them anew."
+                f"STPM: {name}={stated[name]} as stated, instead of the checkpoint's {state[name]}: the thresholds "
+                "belong to the latter, so labels mean little until `anomalib validate` or a training sets new ones."
             )
         elif getattr(network, name) != state[name]:
             taken.append(f"{name}={state[name]}")
@@ -262,9 +259,9 @@ def refuse_older_head(state: Mapping[str, Any]) -> None:
     if state["format"] < 2 and head != PAPERS_HEAD:
         settings = ", ".join(f"{name} {value}" for name, value in head.items())
         msg = (
-            f"the checkpoint is of stpm_plugin 0.1 or 0.2 and its scores ({settings}) are no longer computed, so its "
-            "verdicts would change: train the model anew, or use it with `pip install 'stpm_plugin<0.3'`. Models that "
-            "were exported to OpenVINO go on as they are."
+            f"the checkpoint is of stpm_plugin 0.1 or 0.2, and its scores ({settings}) are no longer computed, so its "
+            "verdicts would change: train the model again, or use it with `pip install 'stpm_plugin<0.3'`. Models "
+            "exported to OpenVINO still work."
         )
         raise STPMError(msg)
 
@@ -280,8 +277,8 @@ def area_of(state: Mapping[str, Any], size: tuple[int, int] | None) -> int:
         return 0
     if size is None:
         msg = (
-            f"the checkpoint's score is made of a share of the map ({share}), which is no longer computed for images "
-            "of all sizes: train the model anew."
+            f"the checkpoint's image score uses a share of the map ({share}), which is no longer computed for images "
+            "of any size: train the model again."
         )
         raise STPMError(msg)
     stride = FeaturePyramid(state["backbone"], state["layers"]).strides[0]

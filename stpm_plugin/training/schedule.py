@@ -71,9 +71,7 @@ class RateSchedule(LRScheduler):
         self.start = begun[0] if begun is not None and goes_on else step
         self.last_epoch, self.end, self.peak = step, end, peak
         if step and not goes_on and self.kind != "constant":
-            rank_zero_info(
-                f"STPM: the checkpoint's run was of another length; a new cycle of {end - step} steps begins."
-            )
+            rank_zero_info(f"STPM: the checkpoint's run had another length; a new cycle of {end - step} steps begins.")
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate
         self._last_lr = self.get_lr()

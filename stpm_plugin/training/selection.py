@@ -247,7 +247,7 @@ class WeightSelection(Callback):
             return
         module = cast("STPM", pl_module)
         if self._resized != (module.network_size is not None):  # the images were opened before
-            msg = "the checkpoint's model trained on images at their own size: state image_size null to resume it."
+            msg = "the checkpoint's model trained on images at their own size: set image_size to null to resume it."
             raise STPMError(msg)
         self._reset()
         saved = checkpoint.get(CHECKPOINT_KEY)
@@ -263,7 +263,7 @@ class WeightSelection(Callback):
         """Once the run's images are known: forget a choice that other held-out images made."""
         resumed, self._resumed = self._resumed, None
         if resumed is not None and (resumed["held_out"] is None or resumed["held_out"] != held_out_of(module)):
-            rank_zero_info("STPM: other images are held out than in the checkpoint's run, so the choice begins anew.")
+            rank_zero_info("STPM: the held-out images differ from the checkpoint's, so the choice starts over.")
             self.chosen, self.scores, module.trained = None, [], False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightSelection:

@@ -302,7 +302,7 @@ def check_shares(asked: dict[str, Any]) -> None:
     for name, value in asked.items():
         inside = 0 < value < 1 if name == "normal_quantile" else 0 <= value <= 1
         if not inside:
-            msg = f"{name}={value} must lie between 0 and 1, such as {0.995 if 'quantile' in name else 0.5}."
+            msg = f"{name}={value} must be between 0 and 1, such as {0.995 if 'quantile' in name else 0.5}."
             raise STPMError(msg)
 
 
