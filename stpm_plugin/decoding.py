@@ -11,9 +11,9 @@ from .errors import STPMError
 
 UNREADABLE = "cannot be read as an image the way training reads it: convert it to a plain PNG with 8 bits per channel"
 PNG, TIFF = b"\x89PNG", (b"II*\0", b"MM\0*")  # first bytes
-JPEG, JPEG_FRAMES = b"\xff\xd8", {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # first bytes; markers that tell the size
+JPEG, JPEG_FRAMES = b"\xff\xd8", {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # first bytes; markers of the size
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
-MARGIN = 3  # a reduced image keeps so many pixels for one of the network's, along a side
+MARGIN = 3  # pixels along a side that a reduced image keeps for each pixel of the network's input
 AS_STORED = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 WHITE = 127  # a mask is white where all its channels are above it
 
@@ -22,11 +22,11 @@ def decode(path: str, reduce_to: tuple[int, int] | None = None) -> np.ndarray | 
     """Read an image (H, W, 3), BGR, uint8, with the pixels that training sees; ``None`` if that is not possible.
 
     A JPEG that is much larger than ``reduce_to``, the network's height and width, is decoded to a half, a quarter or an
-    eighth of its size, and its pixels are other ones then.
+    eighth of its size, so its pixels differ from those that training sees.
 
-    16-bit colours keep their upper eight bits. Refused, besides files that are no image: grey of more than 8 bits, and
-    two kinds that OpenCV and Pillow decode to different pictures: a TIFF with transparency, and an animated PNG whose
-    still image is not one of its frames.
+    16-bit colours keep their upper eight bits. Files that are not images are refused, and so are grey images of more
+    than 8 bits and two kinds that OpenCV and Pillow decode differently: a TIFF with transparency, and an animated PNG
+    whose still image is not one of its frames.
     """
     try:
         content = Path(path).read_bytes()
@@ -39,7 +39,7 @@ def decode(path: str, reduce_to: tuple[int, int] | None = None) -> np.ndarray | 
     whole = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if content[:4] in TIFF else None
     if whole is not None and whole.shape[2:] == (4,):
         return None
-    head = content[: content.find(b"IDAT")] if content[:4] == PNG else b""  # of other files it would be all
+    head = content[: content.find(b"IDAT")] if content[:4] == PNG else b""  # else it would be the whole file
     if b"acTL" in head and b"fcTL" not in head:
         return None
     if image.ndim == 2:
@@ -48,7 +48,7 @@ def decode(path: str, reduce_to: tuple[int, int] | None = None) -> np.ndarray | 
 
 
 def _reducing(content: bytes, size: tuple[int, int]) -> int:
-    """OpenCV's flags that decode a JPEG to the smallest size that keeps ``MARGIN``; the usual ones of other files."""
+    """OpenCV's flags that decode a JPEG to the smallest size that keeps ``MARGIN``; for other files the usual ones."""
     height, width = jpeg_size(content) or (0, 0)
     for factor, flag in REDUCED.items():
         if min(height / size[0], width / size[1]) >= MARGIN * factor:
@@ -57,7 +57,7 @@ def _reducing(content: bytes, size: tuple[int, int]) -> int:
 
 
 def jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG by its header; ``None`` of other files."""
+    """Height and width from a JPEG's header; ``None`` for other files."""
     at = 2 if content[:2] == JPEG else len(content)
     while content[at : at + 1] == b"\xff":
         marker, length = content[at + 1 : at + 2], int.from_bytes(content[at + 2 : at + 4], "big")
@@ -71,7 +71,7 @@ def read_ignored(path: str | Path) -> np.ndarray:
     """Read a mask (H, W): true where images are ignored, the white parts of the file.
 
     Raises:
-        STPMError: It does not exist, is no image, or ignores everything.
+        STPMError: The file does not exist, is not an image, or ignores everything.
     """
     if not Path(path).is_file():
         msg = f"the mask {path} does not exist: give an image file of the images' size, white where they are ignored."

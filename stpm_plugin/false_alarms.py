@@ -22,7 +22,7 @@ from scipy import stats
 CONFIDENCE = 0.9  # of intervals: both ends are one-sided 95 % bounds
 TINY = 1e-12  # scores of 0 have no logarithm
 SPREAD = 0.2  # deviation of the logarithms; of held-out images of six categories it is .09 to .30, .15 on average
-WORTH = 4  # degrees of freedom that this counts: it rules with two images, and hardly matters with thirty
+WORTH = 4  # degrees of freedom of SPREAD: it dominates with two images, and hardly matters with thirty
 
 
 class Limit(NamedTuple):
@@ -34,8 +34,8 @@ class Limit(NamedTuple):
         low: Lower end of the interval of that share.
         high: Upper end.
         images: Number of held-out good images n.
-        exact: Whether ``expected`` holds for any distribution; else it assumes log-normal scores, and the interval
-            alone does not.
+        exact: Whether ``expected`` holds for any distribution; if not, it assumes log-normal scores. The interval
+            never does.
     """
 
     value: float
@@ -55,7 +55,7 @@ def limit(scores: np.ndarray, quantile: float) -> Limit:
     """Choose the threshold that a share of ``quantile`` of good images should stay below.
 
     Args:
-        scores: Scores (n,) of good images that trained nothing, n at least 1; finite.
+        scores: Finite scores (n,) of good images that did not train the model, n at least 1.
         quantile: In (0, 1).
     """
     scores = np.sort(np.asarray(scores, np.float64))

@@ -33,8 +33,8 @@ class FeaturePyramid(nn.Module):
         strides: Input pixels per feature position, one for each chosen layer.
 
     Raises:
-        STPMError: The backbone is unknown to timm or has no ``features_only``, or a layer is unknown,
-            named twice or out of order, or none is named and one of the strides is not there.
+        STPMError: The backbone is unknown to timm or has no ``features_only``; or a layer is unknown,
+            named twice or out of order; or no layer is named and the backbone lacks one of the strides.
     """
 
     net: nn.Module
@@ -58,7 +58,7 @@ class FeaturePyramid(nn.Module):
         """Map images (B, 3, H, W) to one feature map (B, C_l, H_l, W_l) for each chosen layer.
 
         Raises:
-            STPMError: The images have another number of channels, or are smaller than the deepest layer's stride.
+            STPMError: The images do not have 3 channels, or are smaller than the deepest layer's stride.
         """
         channels, height, width = images.shape[1:]
         if channels != 3:
@@ -79,7 +79,7 @@ class FeaturePyramid(nn.Module):
 
 
 class FrozenPyramid(FeaturePyramid):
-    """A pyramid that nothing trains: the teacher.
+    """A pyramid that is never trained: the teacher.
 
     It stays in eval mode, so no BatchNorm statistic moves, and its features carry no gradient.
     """
@@ -118,7 +118,7 @@ def _create(backbone: str, **arguments: Any) -> Any:
 
 @functools.cache
 def _levels(backbone: str) -> list[tuple[str, int]]:
-    """Names and strides of a backbone's feature levels; random numbers of later do not depend on it."""
+    """Names and strides of a backbone's feature levels; the call does not change later random numbers."""
     with torch.random.fork_rng(devices=[]):
         return [(level["module"], level["reduction"]) for level in _create(backbone).feature_info.info]
 

@@ -1,9 +1,8 @@
-"""The part of all images that neither trains nor scores, such as a bench around the part.
+"""The part of all images that is neither trained on nor scored, such as a bench around the part.
 
-The mask acts on the anomaly map. Of a level those positions train whose distances reach a pixel that counts, by the
-map's upsampling: all that the verdict is made of is trained, and nothing else. Were positions across the mask's edge
-left untrained, their distances would be mixed into pixels that count, and the edge would be each good image's most
-anomalous place.
+The mask acts on the anomaly map. A level's position is trained if the map's upsampling carries its distance into a
+pixel that counts: exactly what the verdict uses is trained. If positions across the mask's edge stayed untrained,
+their distances would leak into pixels that count, and the edge would be the most anomalous place of each good image.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Ignored(nn.Module):
     def take(self, mask: Tensor) -> None:
         """Take a mask (H', W') of the images' own size, true where they are ignored.
 
-        A pixel of the map is ignored if any pixel is that the resize makes it of.
+        A pixel of the map is ignored if the resize makes it from any ignored pixel.
         """
         shrunk = AntialiasedResize(self.size)(mask[None, None].float())
         self.counted.copy_(shrunk == 0)
@@ -47,7 +46,7 @@ class Ignored(nn.Module):
 
     @property
     def share(self) -> Tensor:
-        """Of the map that counts, a scalar in (0, 1]."""
+        """Share of the map that counts, a scalar in (0, 1]."""
         return self.counted.mean()
 
     def mean(self, maps: Tensor) -> Tensor:

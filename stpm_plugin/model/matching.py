@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MIN_MEAN = 1e-6  # of a map: no real one is as calm, and half precision can hold it
+MIN_MEAN = 1e-6  # of a map: no real map is this calm, and half precision can hold the number
 
 
 def normalize(features: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def matching_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], hard_sha
     Args:
         teacher: One map of unit vectors (B, C_l, H_l, W_l) for each level.
         student: One feature map (B, C_l, H_l, W_l) for each level.
-        hard_share: Share of the batch's positions in each level, those of the largest distances, to average over.
+        hard_share: Share of the batch's positions in each level to average over: those of the largest distances.
 
     Returns:
         Scalar in [0, 4 L] for L levels.
@@ -66,7 +66,7 @@ def loss_of(levels: Sequence[Tensor], hard_share: float = 1.0) -> Tensor:
 
 
 def mean_of_largest(values: Tensor, share: float) -> Tensor:
-    """Mean of the largest ``share`` of all values, at least of one; of all where the share is 1."""
+    """Mean of the largest ``share`` of all values, at least of one value."""
     if share == 1:
         return values.mean()
     return values.flatten().topk(max(1, round(share * values.numel())), sorted=False).values.mean()
@@ -75,8 +75,8 @@ def mean_of_largest(values: Tensor, share: float) -> Tensor:
 def anomaly_map(levels: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """The levels' distances, upsampled and multiplied, on the scale of one distance.
 
-    The paper multiplies the levels; here the product's root is taken, their geometric mean. The order of all values, so
-    AUROC and PRO, is the product's, and the values survive half precision and look right as colours.
+    The paper multiplies the levels; here the product's root is taken, their geometric mean. The root keeps the order of
+    all values, and so AUROC and PRO; its values survive half precision and look right as colours.
 
     Args:
         levels: One map of distances (B, H_l, W_l) for each level, as :func:`distances` gives them.
@@ -98,10 +98,10 @@ def image_score(anomalies: Tensor, area: int, stride: int, counted: float | Tens
 
     Args:
         anomalies: Anomaly maps.
-        area: Blocks of ``stride`` x ``stride`` pixels that are that part, whatever the map's size, since a defect does
-            not grow with the image; all blocks of a smaller map; 0 for the maximum.
+        area: Size of that part in blocks of ``stride`` x ``stride`` pixels, whatever the map's size, since a defect
+            does not grow with the image. A smaller map counts as a whole. 0 for the maximum.
         stride: Input pixels per position of the shallowest level: the map is smooth below this.
-        counted: Share of the maps that counts, in (0, 1]; the rest of them is 0, and the mean is over what counts.
+        counted: Share of the maps that counts, in (0, 1]; the rest is 0, and the mean is over what counts.
 
     Returns:
         Scores of at least 0: the maximum is at most 2, the other at most the root of twice the map's blocks over those

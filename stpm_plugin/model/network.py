@@ -18,7 +18,7 @@ from .reach import reaches, stitched
 from .usual_places import UsualPlaces
 from .windows import LARGEST, Reach
 
-BYTES_A_PIXEL = 240  # of memory that they take then, for each pixel, measured in float32 (docs/large-images.md)
+BYTES_A_PIXEL = 240  # memory that networks take for each pixel of a window, in float32 (docs/large-images.md)
 
 
 class STPMModel(nn.Module):
@@ -27,13 +27,13 @@ class STPMModel(nn.Module):
     Args:
         backbone: timm model name.
         layers: Names or indices of the matched layers, from shallow to deep; ``None`` for those of strides 4, 8, 16.
-        score_area: Positions of the finest level, the most anomalous, that the image score is made of
+        score_area: Number of most anomalous positions of the finest level that make the image score
             (:func:`~stpm_plugin.model.matching.image_score`); 0 for the map's maximum.
 
     Attributes:
-        usual_places: What raises maps where the teacher sees what is not usual there; ``None`` where parts do not lie
-            alike.
-        ignored: What clears maps where images are ignored; ``None`` where all counts.
+        usual_places: Raises maps where the teacher's features are unusual for the place; ``None`` if parts are not
+            aligned.
+        ignored: Clears maps where images are ignored; ``None`` if nothing is ignored.
         tiler: anomalib's ``Tiler``, which its ``TilerConfigurationCallback`` sets: networks then see tiles of the
             pre-processed image, and features are joined before they are compared. ``None`` for whole images.
 
@@ -124,7 +124,7 @@ class STPMModel(nn.Module):
         return image_score(anomalies, self.score_area, self.teacher.strides[0], counted)
 
     def _whole(self, images: Tensor) -> bool:
-        """Whether the networks take images at once: all do in an exported graph, and those with a tiler."""
+        """Whether the networks take images whole: always in an exported graph, and with a tiler."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.tiler is not None:
             return True
         return max(images.shape[-2:]) <= LARGEST or self.reaches is None
@@ -148,7 +148,7 @@ def check_head(score_area: int) -> None:
     """Refuse a number that is out of range.
 
     Raises:
-        STPMError: It is; names it and its range.
+        STPMError: ``score_area`` is negative or not a whole number.
     """
     if score_area < 0 or score_area != int(score_area):
         msg = f"score_area={score_area} must be a number of positions, such as 12, or 0 for the map's maximum."

@@ -1,4 +1,4 @@
-"""ImageNet weights that a package of their own brings: for a machine that reaches a package registry and no hub."""
+"""ImageNet weights from a Python package, for a machine that reaches a package registry but not timm's hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_lite0(backbone: str) -> Mapping[str, Tensor]:
         backbone: timm name of the network that they are for.
 
     Raises:
-        STPMError: That is another network, or the package is missing, or its file is not the known one.
+        STPMError: The backbone is another network, the package is missing, or its file is not the expected one.
     """
     if backbone.partition(".")[0] != BACKBONE:
         msg = (

@@ -1,8 +1,7 @@
 """Resize and normalise alike in training, in prediction and in the exported graph.
 
-anomalib antialiases the resize in its Lightning path and turns that off in the exported graph, where it makes scores
-differ. An antialiased bilinear resize is two matrix products, which every runtime computes: so the exported graph
-carries those.
+anomalib antialiases the resize in its Lightning path but not in the exported graph, so their scores differ. An
+antialiased bilinear resize is two matrix products, which every runtime can compute: the exported graph carries these.
 """
 
 from __future__ import annotations

@@ -15,14 +15,14 @@ PROBES = (1024, 1025)  # pixels: even at each stride, and odd at each
 
 @torch.no_grad()
 def reaches(network: FeaturePyramid) -> list[Reach] | None:
-    """Find how far each level of a network sees, by what becomes unknown where its input is.
+    """Find how far each level of a network sees: which outputs become NaN if a part of the input is NaN.
 
     Args:
         network: In eval mode; it is run on two narrow images.
 
     Returns:
-        One for each level; ``None`` where a level sees the whole image (squeeze-and-excitation, attention), or images
-        of some sizes alone.
+        One for each level; ``None`` if a level sees the whole image (squeeze-and-excitation, attention), or if the
+        network only takes images of certain sizes.
     """
     found = [_probed(network, length) for length in PROBES]
     if None in found:

@@ -38,7 +38,7 @@ def load_teacher(teacher: FrozenPyramid, backbone: str, source: str | None) -> N
 
     Raises:
         STPMError: The hub cannot be reached, the package or file is missing or unreadable, it holds code, or it lacks
-            a tensor that a used layer needs. Tensors of later layers and of the classifier may be there or not.
+            a tensor that a used layer needs. Tensors of later layers and of the classifier are optional.
     """
     if source is None:
         weights = _fetch(backbone, teacher)
@@ -53,7 +53,7 @@ def load_teacher(teacher: FrozenPyramid, backbone: str, source: str | None) -> N
 def _fetch(backbone: str, teacher: FrozenPyramid) -> Mapping[str, Tensor]:
     """Take timm's weights from the hub client's cache, or download them.
 
-    The cache is asked first and the hub's host for a few seconds, since the client tries for a minute to reach it.
+    The cache is tried first, then the hub's host for a few seconds: the client itself would try for a minute.
     """
     rank_zero_info(f"STPM: fetching the teacher's weights ({backbone}) from timm's hub, or from its cache.")
     kept = cached(backbone)
@@ -102,7 +102,7 @@ def hub_reachable() -> bool:
                 urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()  # noqa: S310 - the client's own
             answered.set()
 
-    asking = threading.Thread(target=ask, daemon=True)  # a look-up of names has no time limit of its own
+    asking = threading.Thread(target=ask, daemon=True)  # a DNS look-up has no time limit of its own
     asking.start()
     asking.join(PATIENCE)  # ends at once where the host refuses
     return answered.is_set()

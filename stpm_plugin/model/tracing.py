@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 @contextlib.contextmanager
 def traceable(network: nn.Module) -> Iterator[None]:
-    """Let torch trace a network within minutes, for images of any size too.
+    """Let torch trace a network within minutes, also for images of any size.
 
-    Activations write to memory of their own: tracing a ReLU6 that works in place is slow. TensorFlow's padding, which
-    depends on the size, is computed in whole numbers (:func:`padded_alike`): of timm's division that is rounded up,
-    torch derives no sizes of images that it does not know yet.
+    Activations write to memory of their own, since tracing an in-place ReLU6 is slow. TensorFlow's padding, which
+    depends on the image's size, is computed in whole numbers (:func:`padded_alike`), since torch cannot derive unknown
+    sizes from timm's rounded-up division.
     """
     in_place: list[Any] = [part for part in network.modules() if getattr(part, "inplace", False)]
     padded: list[Any] = [part for part in network.modules() if isinstance(part, Conv2dSame)]
@@ -38,8 +38,8 @@ def traceable(network: nn.Module) -> Iterator[None]:
 def padded_alike(convolution: nn.Conv2d, features: Tensor) -> Tensor:
     """Convolve as timm's ``Conv2dSame``: features (B, C, H, W) to (B, D, H / stride, W / stride), rounded up.
 
-    The padding that a side lacks is ``dilation * (kernel - 1) + 1 - stride``, and what is missing to the next multiple
-    of the stride; the second half takes the odd one.
+    An axis is padded by ``dilation * (kernel - 1) + 1 - stride``, plus what is missing to the next multiple of the
+    stride; an odd pixel goes to its end.
     """
     padding: list[int] = []
     sides = (features.shape[-2:], convolution.kernel_size, convolution.stride, convolution.dilation)

@@ -1,9 +1,9 @@
 """What the teacher usually sees at each place, for parts that lie alike in all images.
 
-A student sees a small surrounding, and to it an empty place looks like any other empty place: what is missing, turned
-or in the wrong spot is STPM's known weakness. The teacher's features of the training images, which training has
-anyway, tell what is usual *here*: a mean and a variance for each channel and position of the deepest level, as PaDiM
-keeps them (Defard et al., arXiv 2011.08785), without its covariances.
+A student sees a small neighbourhood, in which an empty place looks like any other: missing, turned and misplaced parts
+are STPM's known weakness. The teacher's features of the training images, which training has anyway, tell what is usual
+*here*: a mean and a variance for each channel and position of the deepest level, as PaDiM keeps them (Defard et al.,
+arXiv 2011.08785), without its covariances.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-REACH = 2.25  # times an ordinary good image's score, to which an image is raised at most
+REACH = 2.25  # an image is raised to at most this many times an ordinary good image's score
 
 
 class UsualPlaces(nn.Module):
-    """Raises an anomaly map where the teacher sees what is not usual at that place.
+    """Raises an anomaly map where the teacher's features are unusual for the place.
 
     Args:
         shape: Channels, height and width of the teacher's deepest level (C, h, w).
@@ -47,9 +47,9 @@ class UsualPlaces(nn.Module):
     def forward(self, anomalies: Tensor, scores: Tensor, features: Tensor) -> Tensor:
         """Raise anomaly maps.
 
-        They are multiplied by the oddness over its limit, at most so far that an image of an ordinary score comes to
-        :data:`REACH` times that: where the student has seen a defect already, nothing is raised, so that its finer map
-        stays as it is.
+        They are multiplied by the oddness over its limit, but an image's score rises to at most :data:`REACH` times an
+        ordinary one. Where the student has already seen a defect, nothing is raised, so that its finer map stays as it
+        is.
 
         Args:
             anomalies: Anomaly maps (B, 1, H, W).

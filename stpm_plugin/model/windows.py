@@ -1,11 +1,11 @@
-"""Windows of an image through which a network sees what it sees of the whole image.
+"""Windows of an image in which a network computes the same features as in the whole image.
 
-A convolutional network's features depend on the pixels around a position alone. So an image of any size can be taken in
-windows: at the edges where a window was cut out, as many positions are dropped as the network sees across, and the rest
-equals the whole image's features. Training draws such windows, and large images are scored through them.
+A convolutional network's feature depends only on the pixels around its position. So an image of any size can be
+processed in windows: positions that see across a cut edge are dropped, and the rest equals the whole image's features.
+Training draws such windows, and large images are scored through them.
 
-Windows start at multiples of the deepest stride and end where as many pixels are left to the image's end, so that a
-network whose padding depends on the size (TensorFlow's) pads them as it pads the whole image. All here is geometry,
+Windows start at multiples of the deepest stride and end as far past a multiple as the whole image, so that a network
+whose padding depends on the size (TensorFlow's) pads them as it pads the whole image. This module is geometry,
 without torch, for arrays and tensors alike.
 """
 
@@ -46,7 +46,7 @@ class Span(NamedTuple):
     length: int
 
     def valid(self, reach: Reach) -> slice:
-        """The whole level's positions that the window gives as the whole image does."""
+        """Positions of the whole level at which the window equals the whole image."""
         first = self.start // reach.stride + (reach.before if self.start else 0)
         last = self.stop // reach.stride - reach.after if self.stop < self.length else -(-self.length // reach.stride)
         return slice(first, last)
@@ -68,7 +68,7 @@ class Window(NamedTuple):
         return images[..., self.rows.start : self.rows.stop, self.columns.start : self.columns.stop]
 
     def within(self, reach: Reach) -> tuple[slice, slice]:
-        """Rows and columns of the whole level's positions that it gives."""
+        """Rows and columns of the whole level at which it equals the whole image."""
         return self.rows.valid(reach), self.columns.valid(reach)
 
     def kept(self, level: Any, reach: Reach) -> Any:
@@ -86,7 +86,7 @@ def cut(length: int, largest: int, seen: Sequence[Reach]) -> list[Span]:
 
     Args:
         length: Of the axis, pixels.
-        largest: Pixels of a window, at most, unless that is too little for any valid part.
+        largest: Most pixels of a window, unless that leaves no valid part.
         seen: How far the levels see.
     """
     step = seen[-1].stride

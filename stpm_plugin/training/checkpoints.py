@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Base = AnomalibModule
 else:
-    Base = object  # anomalib lists direct subclasses of its module alone, and this is no model
+    Base = object  # anomalib lists the direct subclasses of its module as models, and this is not one
 
 
 class Checkpointed(Base):
@@ -31,7 +31,7 @@ class Checkpointed(Base):
     transform: Any
 
     def get_extra_state(self) -> dict[str, Any]:
-        """All that decides a verdict, but for the tensors: see :mod:`stpm_plugin.training.saved_state`."""
+        """All that decides a verdict, except the tensors: see :mod:`stpm_plugin.training.saved_state`."""
         return saved_state.describe(_stpm(self))
 
     def set_extra_state(self, state: Any) -> None:
@@ -53,10 +53,10 @@ class Checkpointed(Base):
         return super().load_state_dict(known, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the chosen weights, and those under training beside them.
+        """Save the chosen weights together with those under training.
 
         Raises:
-            STPMError: There is no room: Lightning would truncate the checkpoint that it writes over.
+            STPMError: The disk has no room: Lightning would truncate the checkpoint that it overwrites.
         """
         self.selection.put_into(checkpoint, _stpm(self))  # sets thresholds, whose settings anomalib saves next
         super().on_save_checkpoint(checkpoint)

@@ -1,4 +1,4 @@
-"""Training at the images' own size: each step draws windows of them, and counts what equals the whole image's step.
+"""Training at the images' own size: each step draws windows, and counts the positions that equal the whole image's.
 
 The teacher sees the same window as the student, rather than the whole image once: a run of 600 steps looks at a few
 hundred windows, and a hundred images of four megapixels have 6,000.
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from .lightning_model import STPM
 
-CHOSEN_BY = 8  # windows of held-out images, at least, that an epoch is judged by
-PRIME = 1_000_003  # by which the numbers that name a window make a seed
+CHOSEN_BY = 8  # fewest windows of held-out images that judge an epoch
+PRIME = 1_000_003  # makes a seed from the numbers that identify a window
 
 
 class CroppedImages(NormalImages):
@@ -72,7 +72,7 @@ class CroppedImages(NormalImages):
         """An image (3, H, W) as it was read, uint8, of a batch of one in [0, 1].
 
         Raises:
-            STPMError: It is smaller than the network can take; names it.
+            STPMError: The image is smaller than the network can take.
         """
         image, smallest = images_of(batch)[0], self.module.model.teacher.strides[-1]
         if min(image.shape[1:]) < smallest:
@@ -133,7 +133,7 @@ class CropBatches(TrainingBatches):
 
     Args:
         images: Give the images themselves.
-        loader: As in :class:`TrainingBatches`, as are the rest.
+        loader: As in :class:`TrainingBatches`.
         indices: Indices of the training images in its data set.
         batch_size: Windows in a batch.
         seed: Seed of the order, and of the windows.

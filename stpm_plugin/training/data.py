@@ -32,7 +32,7 @@ class TrainingBatch(ImageBatch):
 
     Attributes:
         teacher: The teacher's unit vectors (B, C_l, H_l, W_l) for each level.
-        windows: Of which larger image each image is a window.
+        windows: For each image, the window of the larger image that it was cut from.
     """
 
     teacher: list[Tensor] | None = None
@@ -138,7 +138,7 @@ def check_depth(path: str) -> None:
     try:
         with Image.open(path) as image:
             mode = image.mode
-    except OSError:  # whoever reads the file says so
+    except OSError:  # reported where the file is read
         return
     if mode[0] in "IF":  # I;16, I and F
         msg = f"{path} has grey values of more than 8 bits, which anomalib would clip to white: convert it to 8 bits."
@@ -227,10 +227,10 @@ def read(loader: DataLoader, indices: Sequence[int], batch_size: int) -> Iterato
 
 
 class TrainingBatches:
-    """The loader that Lightning iterates: shuffled batches, from the cache or read anew.
+    """The loader that Lightning iterates: shuffled batches, from the cache or read again.
 
-    The order depends on the seed and the epoch alone, and the position in it is saved with a checkpoint: a resumed run
-    draws what an uninterrupted one draws, also from the middle of an epoch.
+    The order depends only on the seed and the epoch, and the position in it is saved with a checkpoint: a resumed run
+    draws what an uninterrupted one draws, even from the middle of an epoch.
 
     Args:
         loader: The datamodule's training loader.

@@ -23,7 +23,7 @@ class DataRecord:
         names: Path of each image, relative to the folder above all of them, with forward slashes.
         sizes: Bytes of each.
         digests: BLAKE2 hash of each file's bytes, 128 bits, hexadecimal.
-        held_out: Indices of the images that chose the weights and set thresholds, and trained nothing.
+        held_out: Indices of the images that chose the weights and set thresholds; the student did not train on them.
         holdout: Share that was asked for.
         seed: Seed of the hold-out and of the order of the batches.
     """
@@ -94,7 +94,7 @@ def identify(paths: Sequence[Path]) -> tuple[list[str], list[int], list[str]]:
 def _digest(path: Path) -> tuple[int, str]:
     try:
         content = path.read_bytes()
-    except OSError:  # whoever decodes the file says what is wrong with it
+    except OSError:  # reported where the file is decoded
         return 0, UNKNOWN
     return len(content), hashlib.blake2b(content, digest_size=16).hexdigest()
 

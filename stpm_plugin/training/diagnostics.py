@@ -74,7 +74,7 @@ class TimeLeft(Callback):
         self._started, self._first = time.monotonic(), trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the epochs so far let expect."""
+        """Log the time left, estimated from the epochs so far."""
         epochs = trainer.max_epochs or 0
         if epochs > 0:
             each = (time.monotonic() - self._started) / (trainer.current_epoch + 1 - self._first)
@@ -93,7 +93,7 @@ class Line(Protocol):
 
 
 class TrainingProgress(Callback):
-    """Shows a training's steps on a line of the caller's.
+    """Shows the training's steps on a progress line of the caller.
 
     Args:
         line: Makes the line, for a number of steps.
@@ -130,7 +130,7 @@ class FailureReport(Callback):
     """Logs in a sentence why a run ended, where the error names neither what failed nor the remedy."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Log one line: of a full disk, of full memory, of a bad checkpoint, or of another process that was killed."""
+        """Log one line about a full disk, full memory, a bad checkpoint, or another process that was killed."""
         del pl_module
         if said := explanation(trainer, exception):
             logging.getLogger(__name__).error("STPM: %s", said)
@@ -181,7 +181,7 @@ def require_room(folder: Path, need: int, what: str, option: str) -> None:
     """Make a folder, if its disk has room for ``need`` bytes: a full disk would truncate the existing file.
 
     Raises:
-        STPMError: It has not; names what needs it and the option that gives another folder.
+        STPMError: It has no room; names what needs it and the option that gives another folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free

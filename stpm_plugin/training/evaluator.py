@@ -1,4 +1,4 @@
-"""Metrics of a test that can mean something."""
+"""Test metrics, given only where they mean something."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torchmetrics import Metric
 class BothKinds(Evaluator):
     """anomalib's evaluator, which gives no metrics where only good or only defective images were tested.
 
-    They would be 0.0, whatever the model does. The images are counted in this process: where several share a test, each
-    sees images of both kinds, or all metrics are given.
+    They would be 0.0, whatever the model does. A process counts only its own images: where several processes share a
+    test, the metrics are always given.
     """
 
     def on_test_start(self, trainer: Trainer, *args: Any) -> None:

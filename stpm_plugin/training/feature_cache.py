@@ -69,7 +69,7 @@ class ImageCache:
         self.images: list[Tensor] = []
 
     def put(self, image: Tensor) -> bool:
-        """Keep an image; returns whether there was room, and says so if there was none."""
+        """Keep an image; returns whether there was room, and warns if there was none."""
         if self.directory is not None:
             try:
                 room = _mapped(self.directory, image.numel(), torch.uint8).view(image.shape)
@@ -93,11 +93,11 @@ def open_image_cache(
     """Choose where to keep ``count`` images of about one size as bytes, and say so.
 
     Args:
-        mode: As in :func:`open_cache`, but for a GPU's memory, which is left to the networks.
+        mode: As in :func:`open_cache`, but never a GPU's memory, which is left to the networks.
         directory: As in :func:`open_cache`.
         count: Number of images.
         image: One image (3, H, W).
-        device: That trains.
+        device: The device that trains.
         step: As in :func:`open_cache`.
         processes: As in :func:`open_cache`.
 
@@ -124,17 +124,17 @@ def open_cache(
     """Choose where to keep ``count`` images, say so, and make the room.
 
     Args:
-        mode: ``memory``: the teacher's GPU while it takes at most half of what is free there, else main memory;
-            ``disk``; ``off``; or ``auto``: as ``memory`` while it takes at most half of what is free, then disk.
+        mode: ``memory``: the teacher's GPU if the cache takes at most half of what is free there, else main memory;
+            ``disk``; ``off``; or ``auto``: as ``memory`` if it takes at most half of what is free, else disk.
         directory: Where the file goes; ``None`` for the system's temporary directory.
         count: Number of images.
         image: One image (3, H, W).
         teacher: Its unit vectors (C_l, H_l, W_l), for each level, on the device that trains.
-        step: Memory that a training step takes, bytes; said, with the rest.
+        step: Memory that a training step takes, bytes; logged with the rest.
         processes: Processes of this run that share this machine's memory.
 
     Returns:
-        The empty cache, or ``None`` where nothing is kept: ``off``, or a disk without the room, which is said.
+        The empty cache, or ``None`` where nothing is kept: ``off``, or a disk without room, which is a warning.
     """
     need = count * sum(tensor.numel() for tensor in (image, *teacher)) * KEPT_DTYPE.itemsize
     device = teacher[0].device
@@ -159,7 +159,7 @@ def _no_room(need: int, storage: torch.device | Path, error: OSError) -> None:
 
 
 def _announce(what: str, storage: torch.device | Path, need: int, device: torch.device, step: int) -> None:
-    """Log where what is kept goes, and what the process will take, bytes of the cache and of a training step."""
+    """Log where the cache goes, and the peak memory, from the bytes of the cache and of a training step."""
     peak = Counter(memory=psutil.Process().memory_info().rss)
     peak[_kind(device)] += step
     peak[_kind(storage)] += need
@@ -192,8 +192,8 @@ def _kind(storage: torch.device | Path) -> str:
 def _mapped(directory: Path, count: int, dtype: torch.dtype = KEPT_DTYPE) -> Tensor:
     """Map a new file of ``count`` values that has no name, so that no crash leaves it behind.
 
-    Windows has no nameless files, and refuses to delete a mapped one: there it goes with the mapping, which holds the
-    last handle of it.
+    Windows has no nameless files, and refuses to delete a mapped one: there the file goes with the mapping, which holds
+    its last handle.
     """
     directory.mkdir(parents=True, exist_ok=True)
     size = count * dtype.itemsize

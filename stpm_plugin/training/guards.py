@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     Base = AnomalibModule
 else:
-    Base = object  # anomalib lists direct subclasses of its module alone, and this is no model
+    Base = object  # anomalib lists the direct subclasses of its module as models, and this is not one
 
 
 class TrainedOnly(Base):
-    """The part of STPM that stands before validation, test, prediction and export."""
+    """The part of STPM that checks before validation, test, prediction and export."""
 
     model: STPMModel
     trained: bool
@@ -41,7 +41,7 @@ class TrainedOnly(Base):
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_validation_start(self) -> None:
-        """Refuse to validate an untrained model, but for a run's own validation."""
+        """Refuse to validate an untrained model, except in a run's own validation."""
         if self.trainer.state.fn != TrainerFn.FITTING:
             self.require_trained()
 
@@ -66,12 +66,12 @@ class TrainedOnly(Base):
     # Export
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export as anomalib does, a trained model alone."""
+        """Export a trained model as anomalib does."""
         self.require_trained()
         return super().to_torch(*args, **kwargs)
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # anomalib's differs from Lightning's
-        """Export as anomalib does, a trained model that is not tiled alone."""
+        """Export a trained model that is not tiled, as anomalib does."""
         self.require_trained()
         if self.model.tiler is not None:
             msg = "a tiled model cannot be exported to ONNX or OpenVINO: train it on whole images, or use to_torch."
@@ -84,7 +84,7 @@ class TrainedOnly(Base):
             return super().to_onnx(*args, **{"opset_version": 18, "verbose": False, **kwargs})
 
     def to_openvino(self, export_root: Path | str, *args: Any, **kwargs: Any) -> Path:
-        """Export as anomalib does, but for INT8: see :func:`stpm_plugin.deployment.openvino_export.export`."""
+        """Export as anomalib does, except for INT8: see :func:`stpm_plugin.deployment.openvino_export.export`."""
         from ..deployment.openvino_export import export  # the one import upward; OpenVINO takes seconds to import
 
         self.require_trained()

@@ -1,4 +1,4 @@
-"""What a student makes of the held-out good images, over all processes."""
+"""The student's scores of the held-out good images, over all processes."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def score(module: STPM, batches: Iterable[Good]) -> tuple[float, list[Matched]]:
         batches: This process's images.
 
     Returns:
-        The mean over images and pixels that count of the levels' product, as the authors take it, brought back to the
-        scale of one distance, in [0, 2]; and what was matched of this process's images.
+        The levels' product, as the authors take it, averaged over images and the pixels that count, and brought back to
+        the scale of one distance, in [0, 2]; and this process's matched images.
     """
     count = len(module.model.teacher.layers)
     sums = torch.zeros(2, device=module.device)  # images, and their products
@@ -71,7 +71,7 @@ def predicted(module: STPM, batches: Iterable[Good]) -> Iterator[InferenceBatch]
 
 
 def matched(module: STPM, good: Good) -> Matched:
-    """See a batch of good images as teacher and student do."""
+    """Match teacher and student on a batch of good images."""
     height, width = good.images.shape[-2:]
     if good.teacher is None:
         levels, deepest = module.model.match(good.images)
@@ -89,7 +89,7 @@ def ordinary_score(module: STPM, matched: Iterable[Matched], count: int) -> Tens
 
 
 def gathered(module: STPM, own: HeldOut, held: int) -> HeldOut:
-    """Join what each process says of its held-out images; some hold out one more than others."""
+    """Join the scores of all processes' held-out images; some processes hold out one more than others."""
     if not held:
         return own
     most = -(-held // module.trainer.world_size)

@@ -56,9 +56,9 @@ CROP_SIZE = 256  # pixels along a side: as many as a resized image has
 class STPM(Checkpointed, TrainedOnly, AnomalibModule):
     """Student-Teacher Feature Pyramid Matching (Wang et al., BMVC 2021, arXiv 2103.04257).
 
-    The defaults go past the paper's recipe, which ``configs/paper.yaml`` holds. A share of the normal training images
-    is held out, and the weights of the epoch with the lowest mean anomaly map on them are the ones that are tested,
-    saved and exported. Test images and anomalib's validation set choose no weights.
+    The defaults go beyond the paper's recipe, which is ``configs/paper.yaml``. A share of the normal training images is
+    held out. The weights of the epoch with the lowest mean anomaly map on them are tested, saved and exported; test
+    images and anomalib's validation set do not choose them.
 
     Args:
         backbone: timm model of teacher and student; any that offers ``features_only``. A tag names its weights.
@@ -66,31 +66,31 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         teacher_weights: Path of a ``.safetensors`` or ``.pth`` file; ``lite0`` for ImageNet weights of
             ``tf_efficientnet_lite0``, which are installed with this package; ``None`` for timm's pretrained weights,
             which are downloaded.
-        image_size: Height and width to which images are resized, pixels; ``None`` for their own, even uneven ones.
-        crop_size: Side of the crops on which images of their own size train, pixels, besides a margin as wide as the
-            network sees; ``None`` for 256 where ``image_size`` is ``None``, and for whole images elsewhere.
-        score_area: Positions of the finest level, the most anomalous, that the image score is made of: how far they
-            stand out of the image's own map; 0 for the map's maximum, as in the paper.
-        aligned: Whether parts lie alike in all images, so that what is missing or in the wrong place is anomalous;
-            ``None`` where the training images say so; ``False`` as in the paper.
-        ignore: Image file of the training images' size, whose white parts neither train nor score; ``None`` for none.
-        hard_share: Share of a batch's positions, of the largest distances, that train; 1 for all, as in the paper.
-        lr: Learning rate of SGD, the highest of the schedule; 0.4 is the authors', for a batch of 32.
+        image_size: Height and width to which images are resized, pixels; ``None`` keeps each image's own size.
+        crop_size: Side of the crops to train on if images keep their own size, pixels, without the margin that the
+            network sees; ``None`` means 256 if ``image_size`` is ``None``, else whole images.
+        score_area: Number of most anomalous positions of the finest level that make the image score: how far they
+            stand out from the image's own map; 0 for the map's maximum, as in the paper.
+        aligned: Whether parts have the same position in all images, so that a missing or misplaced part is anomalous;
+            ``None`` to decide from the training images; ``False`` as in the paper.
+        ignore: Mask, an image file of the training images' size: its white parts neither train nor score. ``None``
+            for no mask.
+        hard_share: Share of a batch's positions that train, those of the largest distances; 1 for all, as in the paper.
+        lr: Highest learning rate of SGD's schedule; the authors' is 0.4, for a batch of 32.
         momentum: Momentum of SGD, in [0, 1).
         weight_decay: Weight decay of SGD.
         schedule: ``constant`` rate, or ``one-cycle``: up to ``lr`` in the first 30 % of the steps, then down to zero.
-        epochs: Passes over the training images where the trainer's ``max_epochs`` is not set.
-        steps: Fewest and most optimiser steps that those passes come to: with few images there are more passes, with
-            many fewer, and where one is too many, a part of the images is drawn and the others are not read;
-            ``None`` for ``epochs`` alone.
+        epochs: Passes over the training images if the trainer's ``max_epochs`` is not set.
+        steps: Fewest and most optimiser steps of such a run: few images take more passes and many take fewer. If one
+            pass is too long, some images are drawn and the rest is not read. ``None`` to go by ``epochs`` only.
         batch_size: Training images in a step; ``None`` for the datamodule's ``train_batch_size``.
         holdout: Share of the normal training images to hold out, in [0, 1); 0 takes the last epoch's weights.
-        cache: Where images and teacher features are kept between epochs: ``memory`` (the GPU's while they take at most
-            half of what is free there), ``disk``, ``off``, or ``auto``: memory while they take at most half of what is
-            free, then disk.
+        cache: Where images and teacher features are kept between epochs: ``memory`` (the GPU's if they take at most
+            half of what is free there), ``disk``, ``off``, or ``auto``: memory if they take at most half of what is
+            free, else disk.
         cache_dir: Directory of the cache's file; ``None`` for the system's temporary directory.
-        precision: ``auto`` computes the networks in bfloat16 while training where the hardware has it natively;
-            ``trainer`` leaves it to ``trainer.precision``, which also wins when it is not 32 bits.
+        precision: ``auto`` trains in bfloat16 where the hardware supports it natively; ``trainer`` leaves the precision
+            to ``trainer.precision``, which also wins if it is not 32 bits.
         seed: Seed of the student's first weights, of the hold-out and of the batches; ``None`` to draw them from
             torch's global seed. (anomalib 2.7's command line accepts ``--seed_everything`` and does not use it.)
         pre_processor: As in anomalib.
@@ -178,7 +178,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """Anomalib's metrics, of a test that holds both kinds of images."""
+        """Anomalib's metrics, given if a test holds both kinds of images."""
         return BothKinds(test_metrics=[*super(STPM, STPM).configure_evaluator().test_metrics])
 
     @classmethod
@@ -187,7 +187,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         return VerdictPictures()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """anomalib's, the choice of the weights, the threads, and what a run says of itself."""
+        """anomalib's, the choice of the weights, the threads, and a run's messages."""
         anomalibs = cast("Sequence[Callback]", super().configure_callbacks())
         return [*anomalibs, self.selection, FreeProcessors(), TimeLeft(), FailureReport()]
 
@@ -219,7 +219,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Lay the schedule over the steps that are left, with the caller's settings where a checkpoint had others."""
+        """Lay the schedule over the steps that are left, with the caller's settings instead of a checkpoint's."""
         for group in cast("Any", self.optimizers()).param_groups:
             group.update(momentum=self.momentum, weight_decay=self.weight_decay)
         if isinstance(schedule := self.lr_schedulers(), RateSchedule):
@@ -282,7 +282,7 @@ def check_shares(holdout: float, hard_share: float) -> None:
     """Refuse shares that are out of range.
 
     Raises:
-        STPMError: One is; names it and its range.
+        STPMError: One of them is out of range; names it and its range.
     """
     if not 0 <= holdout < 1:
         msg = f"holdout={holdout} must be a share of the training images, at least 0 and below 1."
@@ -316,7 +316,7 @@ def check_steps(steps: tuple[int, int] | None) -> None:
     """Refuse a budget that no run can keep to.
 
     Raises:
-        STPMError: It is none; names it.
+        STPMError: ``steps`` is not the fewest and the most steps.
     """
     if steps is not None and not (len(steps) == 2 and 0 <= steps[0] <= steps[1] and steps[1] > 0):
         msg = f"steps={steps} must be the fewest and the most steps, such as [600, 1400], or null for epochs alone."

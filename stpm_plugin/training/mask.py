@@ -1,4 +1,4 @@
-"""The mask of a run, what of its images is ignored: where it is read, and how it is saved and restored."""
+"""The mask of the ignored part of a run's images: how it is read, saved and restored."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def read_mask(module: STPM, source: Any) -> Ignored | None:
-    """Read the mask that a run's model is told to ignore images by.
+    """Read the mask that the model's ``ignore`` names.
 
     Args:
         module: The model; its ``ignore`` names the file.
         source: The run's datamodule, set up.
 
     Returns:
-        What clears anomaly maps, on the model's device; ``None`` where nothing is ignored.
+        The module that clears anomaly maps, on the model's device; ``None`` if nothing is ignored.
 
     Raises:
-        STPMError: The file is no mask of these images, or they reach the network in another way than by a resize.
+        STPMError: The file does not fit these images, or more than a resize prepares them for the network.
     """
     path = module.ignore
     if path is None:
@@ -90,12 +90,12 @@ def size_of_first(dataset: Any) -> tuple[tuple[int, int], str]:
 
 
 def describe_mask(ignored: Ignored | None) -> dict[str, Any] | None:
-    """Plain data of a mask, but for its pixels."""
+    """Plain data of a mask, except its pixels."""
     return None if ignored is None else {"size": list(ignored.size), "digest": ignored.digest}
 
 
 def restore_mask(module: STPM, saved: Mapping[str, Any] | None, stated: Mapping[str, Any]) -> list[str]:
-    """Make room for a saved mask's pixels, unless they are there; returns what was taken that was not stated.
+    """Make room for a saved mask's pixels, if needed; returns what was taken that was not stated.
 
     Args:
         module: It is changed.

@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 
 
 class StandIn(wrapt.ObjectProxy):
-    """A datamodule as Lightning sees it during a fit: all is the user's, but for the batches that train.
+    """The user's datamodule as Lightning sees it during a fit: only the batches that train are replaced.
 
     Args:
         source: The user's datamodule, which is not changed.
-        images: What trains.
+        images: The images that train.
         validates: Whether its validation set is read in each epoch; else thresholds are set once, at the end.
     """
 
@@ -60,7 +60,7 @@ class StandIn(wrapt.ObjectProxy):
         """The user's validation set, or none."""
         if self._self_validates:
             return self.__wrapped__.val_dataloader()
-        warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # meant to be
+        warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # on purpose
         return []
 
 
@@ -70,7 +70,7 @@ class Good(NamedTuple):
     Attributes:
         images: Pre-processed (B, 3, H, W).
         teacher: The teacher's unit vectors (B, C_l, H_l, W_l) for each level, where they are known.
-        window: Of which larger image they are a window, if they are.
+        window: The window of a larger image that they were cut from, if any.
     """
 
     images: Tensor
@@ -88,7 +88,7 @@ class NormalImages:
 
     def __init__(self, module: STPM, source: Any) -> None:
         self.module, self.source = module, source
-        self._share = 1.0  # of the images, that is drawn
+        self._share = 1.0  # share of the images that is drawn
         self._batches: TrainingBatches | None = None
         self._loader: DataLoader  # this, the split and the record are there once the batches are
         self._split: Split
@@ -146,11 +146,11 @@ class NormalImages:
         return self._read(self._split.holdout, len(self._split.train))
 
     def for_choice(self) -> Iterator[Good]:
-        """Yield what of them each epoch is judged by."""
+        """Yield the held-out images that judge each epoch."""
         return self.held_out()
 
     def training(self) -> Iterator[Good]:
-        """Yield this process's training images likewise, in order."""
+        """Yield this process's training images, in order."""
         return self._read(self._split.train, 0)
 
     @property
@@ -179,13 +179,13 @@ class NormalImages:
         return learn(self.module, self)
 
     def _use_places(self) -> None:
-        """Give them to the model; what a resumed run has chosen was scored with its own ordinary score."""
+        """Give them to the model; a resumed run keeps the ordinary score that its chosen weights were scored with."""
         before, self.module.model.usual_places = self.module.model.usual_places, self._places
         if before is not None and self._places is not None:
             self._places.ordinary.copy_(before.ordinary)
 
     def _seed(self, before: DataRecord | None) -> int:
-        """Of the draw, the hold-out and the batches: the model's own, or the checkpoint's, or torch's."""
+        """Seed of the draw, the hold-out and the batches: the model's own, or the checkpoint's, or torch's."""
         given = before.seed if before else torch.initial_seed() % 2**31
         own = self.module.seed
         return own if own is not None else int(self.module.trainer.strategy.broadcast(given))
@@ -258,7 +258,7 @@ class NormalImages:
 
 
 def reading(batches: Iterable[Any], total: int, words: str, module: STPM) -> Iterable[Any]:
-    """Show a bar while so many batches are read, in the first process."""
+    """Show a progress bar while ``total`` batches are read, in the first process."""
     return track(batches, words, total, disable=not module.trainer.is_global_zero)
 
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from .lightning_model import STPM
     from .normal_images import NormalImages
 
-ALIGNED = 0.5  # of the features' variance goes with the position: parts lie alike (benchmarks/results/places.md)
-FEWEST = 16  # images: of fewer, chance looks like alignment
-FLOOR = 0.1  # of the mean variance, added to each: in a channel that hardly varies a trifle must not count
-STILL = 1e-6  # least mean variance, of images that are all the same
+ALIGNED = 0.5  # parts lie alike if the position explains more of the features' variance (benchmarks/results/places.md)
+FEWEST = 16  # images: with fewer, chance looks like alignment
+FLOOR = 0.1  # share of the mean variance added to each, so that trifles in a steady channel do not count
+STILL = 1e-6  # lowest mean variance, for images that are all the same
 QUANTILE = 0.75  # of the good images' most odd places: three of four good images are raised nowhere
 
 Features = Callable[[], Iterator[Tensor]]  # the deepest level's unit vectors of all training images, (B, C, h, w) each
@@ -29,14 +29,14 @@ def learn(module: STPM, images: NormalImages) -> UsualPlaces | None:
     """Learn what is usual at each place, from a run's training images.
 
     Args:
-        module: The model; its ``aligned`` says whether parts lie alike, or ``None`` that the images say so.
+        module: The model; its ``aligned`` says whether parts lie alike, or is ``None`` to decide from the images.
         images: The run's images.
 
     Returns:
-        What raises anomaly maps, on the model's device; ``None`` where parts do not lie alike.
+        The module that raises anomaly maps, on the model's device; ``None`` if parts do not lie alike.
 
     Raises:
-        STPMError: ``aligned`` is stated, and there are too few images or they have no size of their own.
+        STPMError: ``aligned`` is ``True``, but there are too few images or they are not resized to one size.
     """
     if module.aligned is False:
         return None
@@ -68,7 +68,7 @@ def learn(module: STPM, images: NormalImages) -> UsualPlaces | None:
 
 
 def usual(mean: Tensor, variance: Tensor, maxima: Tensor) -> UsualPlaces:
-    """What is usual, of what is known of the training images.
+    """Make the module from the training images' statistics.
 
     Args:
         mean: Of their unit vectors, at each position (C, h, w).
@@ -99,7 +99,7 @@ def alignment(mean: Tensor, variance: Tensor) -> float:
 
 
 def left_out(features: Tensor, count: int, mean: Tensor, variance: Tensor) -> Tensor:
-    """Oddness of training images, each against the others alone, in closed form.
+    """Oddness of training images, each against all others, in closed form.
 
     Args:
         features: Unit vectors of some of them (B, C, h, w).

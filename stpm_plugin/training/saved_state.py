@@ -1,8 +1,8 @@
 """What a trained STPM carries with it, so that every route that loads it gives the same verdict.
 
-All that turns pixels into a verdict is saved as the module's extra state, beside the tensors: `Engine`, the command
-line with a bare `--model STPM`, `load_from_checkpoint` and `load_state_dict` all restore it from there. What the caller
-states explicitly against it is refused, or honoured and reported in a line. An argument counts as stated if it differs
+All that turns pixels into a verdict is saved as the module's extra state, next to the tensors: `Engine`, the command
+line with a bare `--model STPM`, `load_from_checkpoint` and `load_state_dict` all restore it from there. If the caller
+states something else, that is refused, or honoured and reported in a line. An argument counts as stated if it differs
 from the constructor's default, or was given to `load_from_checkpoint`: the command line passes defaults as if given.
 """
 
@@ -40,7 +40,7 @@ INTERCHANGEABLE = (PostProcessor.__name__, STPMPostProcessor.__name__)
 
 
 def describe(module: STPM) -> dict[str, Any]:
-    """Plain data of all that decides a verdict, but for the tensors."""
+    """Plain data of all that decides a verdict, except the tensors."""
     network = module.model
     return {
         "format": FORMAT,
@@ -253,7 +253,7 @@ def refuse_older_head(state: Mapping[str, Any]) -> None:
     """Refuse a state whose anomaly map or image score this version no longer computes.
 
     Raises:
-        STPMError: It is of version 0.1 or 0.2, and not of the paper's head, which has stayed what it was.
+        STPMError: It is of version 0.1 or 0.2 and has a head other than the paper's, which has not changed since.
     """
     head = {name: state.get(name, plain) for name, plain in PAPERS_HEAD.items()}
     if state["format"] < 2 and head != PAPERS_HEAD:
@@ -267,10 +267,10 @@ def refuse_older_head(state: Mapping[str, Any]) -> None:
 
 
 def area_of(state: Mapping[str, Any], size: tuple[int, int] | None) -> int:
-    """The positions that `score_share` of an older state comes to, for images of so many pixels.
+    """The number of positions that an older state's `score_share` amounts to, for images of a size.
 
     Raises:
-        STPMError: Its images have no size of their own.
+        STPMError: Its images are not resized to one size.
     """
     share = state["score_share"]
     if not share:
@@ -286,7 +286,7 @@ def area_of(state: Mapping[str, Any], size: tuple[int, int] | None) -> int:
 
 
 def upgraded(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Make the extra state that version 0.1.0 did not save, from what it did."""
+    """Make the extra state, which version 0.1.0 did not save, from what it did save."""
     settings, kept = checkpoint["hyper_parameters"], checkpoint.get("stpm")
     components = checkpoint.get("anomalib_components_enabled", {})
     configs = {

@@ -41,9 +41,9 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 
 class RateSchedule(LRScheduler):
-    """A rate that depends on the step alone, and that resumes from any.
+    """A rate that depends only on the step, and that resumes from any step.
 
-    A run that is resumed with the same length goes on in its cycle. One of another length, another kind, or of
+    A run that is resumed with the same length continues its cycle. A run of another length, another kind, or of
     version 0.1.0 begins a new cycle over the steps that are left. The highest rate is always the caller's.
 
     Args:
@@ -155,7 +155,7 @@ def end_of_run(trainer: Trainer) -> int:
 
 
 def is_last_pass(trainer: Trainer) -> bool:
-    """Whether the run ends with the pass under way, as far as can be known in it."""
+    """Whether the run ends with the current pass, as far as is known now."""
     by_epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     return bool(trainer.should_stop or by_epochs or trainer.global_step >= trainer.max_steps != -1)
 

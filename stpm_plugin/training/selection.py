@@ -1,8 +1,8 @@
 """The choice of the weights: those of the epoch with the lowest held-out score are tested, saved and exported.
 
 As Lightning's `WeightAveraging` does with its average, the chosen weights stand in for those under training wherever
-weights are looked at: in validation, in checkpoints, and once training has ended. A checkpoint's state is the chosen
-student with its thresholds, ready to use; what is needed to go on training lies beside it.
+weights are used: in validation, in checkpoints, and once training has ended. A checkpoint's state is the chosen
+student with its thresholds, ready to use; what is needed to continue training is saved next to it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Chosen:
     """The weights that are tested, saved and exported, and why.
 
     Args:
-        epoch: Of these weights.
+        epoch: The epoch that these weights come from.
         score: Mean anomaly map on the held-out images, in [0, 2]; NaN where none are held out.
         student: The student's tensors.
     """
@@ -173,9 +173,9 @@ class WeightSelection(Callback):
             module.post_processor.set_from_normal_images(*gathered(module, of_held_out(scored), self._run_images.held))
 
     def complete(self, module: STPM) -> None:
-        """In the last epoch, set thresholds of the chosen weights in full precision, and from the validation set.
+        """In the last epoch, set the chosen weights' thresholds in full precision, and from the validation set.
 
-        Without held-out images, whose scores serve until then, in each epoch: a checkpoint of it would have none.
+        Without held-out images this happens in each epoch, or checkpoints before the last would have no thresholds.
         """
         chosen, images = self.chosen, self.images
         if chosen is None or images is None or self._calibrated is chosen:
@@ -208,7 +208,7 @@ class WeightSelection(Callback):
             self._use_chosen(cast("STPM", pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on training the last epoch's weights."""
+        """Continue training with the last epoch's weights."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._use_training(cast("STPM", pl_module))
 
@@ -226,7 +226,7 @@ class WeightSelection(Callback):
     # Checkpoints
 
     def put_into(self, checkpoint: dict[str, Any], module: STPM) -> None:
-        """Make a checkpoint's state that of the chosen weights, and keep those under training beside it."""
+        """Make a checkpoint's state that of the chosen weights, and save those under training next to it."""
         if self.chosen is None or module.trainer.state.fn != TrainerFn.FITTING:
             return
         self.complete(module)
@@ -242,7 +242,7 @@ class WeightSelection(Callback):
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Where training goes on, take the weights under training; the chosen ones were just loaded."""
+        """If training continues, take the weights under training; the chosen ones were just loaded."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         module = cast("STPM", pl_module)
@@ -260,7 +260,7 @@ class WeightSelection(Callback):
         module.model.student.load_state_dict(saved["student"])
 
     def _resume(self, module: STPM) -> None:
-        """Once the run's images are known: forget a choice that other held-out images made."""
+        """Once the run's images are known, forget a choice that was made on other held-out images."""
         resumed, self._resumed = self._resumed, None
         if resumed is not None and (resumed["held_out"] is None or resumed["held_out"] != held_out_of(module)):
             rank_zero_info("STPM: the held-out images differ from the checkpoint's, so the choice starts over.")

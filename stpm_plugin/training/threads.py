@@ -1,7 +1,7 @@
 """As many threads as there are processors free for them.
 
 Threads that share a processor wait for each other in every convolution, and oneDNN's and libgomp's spin while they
-wait: on two cores beside one busy process a fit takes 2.7 times as long. With one thread for each free processor it
+wait: on two cores, next to one busy process, a fit takes 2.7 times as long. With one thread for each free processor it
 takes 1.8 times as long (`docs/speed.md`).
 """
 
@@ -23,10 +23,9 @@ SLACK = 1.02  # threads wait, without spinning, up to a fiftieth of the probe's 
 
 
 class FreeProcessors(Callback):
-    """Trains on the threads that other work leaves processors for, and gives the others back at the end.
+    """Trains on as many threads as other work leaves processors for, and restores their number at the end.
 
-    It measures at the start and every 20 seconds. ``OMP_NUM_THREADS``, where it is set, is kept to; on a GPU nothing
-    is done.
+    It measures at the start and every 20 seconds. It does nothing on a GPU, or if ``OMP_NUM_THREADS`` is set.
     """
 
     def __init__(self) -> None:

@@ -22,8 +22,8 @@ NO_BASIS, HELD_OUT, VALIDATION = "none", "held-out good images", "validation set
 class BetweenImages(F1AdaptiveThreshold):
     """anomalib's adaptive threshold, moved half-way down to the next lower score, or by 1 % where there is none.
 
-    anomalib's is the lowest score that should count as anomalous, while only scores above a threshold do: the image
-    that has it lies on the edge, and a device's rounding decides on its label.
+    anomalib's is the lowest score that should count as anomalous, but only scores above a threshold do: the image with
+    that score is on the edge, and a device's rounding decides its label.
     """
 
     def compute(self) -> Tensor:  # type: ignore[override]  # anomalib's own is not a curve either
@@ -46,9 +46,9 @@ class STPMPostProcessor(PostProcessor):
     its label is normal. Scores are normalised as s / (s + threshold): 0.5 is the threshold, 0.9 nine times the
     threshold, and no two scores become equal.
 
-    Else the image threshold is the one with the best F1 score on the validation set (:class:`BetweenImages`), the
-    pixel threshold anomalib's from the masks, or that of the held-out images where there are no masks, and scores are
-    normalised as anomalib does.
+    Otherwise the image threshold is the one with the best F1 score on the validation set (:class:`BetweenImages`). The
+    pixel threshold is anomalib's, from the masks, or without masks that of the held-out images. Scores are normalised
+    as in anomalib.
 
     Args:
         normal_quantile: Share of good images that should pass, in (0, 1), such as 0.995; ``None`` for the best F1 score
@@ -116,13 +116,13 @@ class STPMPostProcessor(PostProcessor):
         return (*super()._checkpoint_config_keys, "normal_quantile", "basis", "held_out_scores", "held_out_maxima")
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore what :meth:`checkpoint_config` saved; what the constructor was given explicitly wins."""
+        """Restore what :meth:`checkpoint_config` saved; explicit arguments of the constructor win."""
         super().load_checkpoint_config({**config, **self.stated})
         if "basis" not in config:  # of version 0.1.0, which normalised by the quantile alone
             self.basis = VALIDATION if config.get("normal_quantile") is None else HELD_OUT
 
     def overruled(self, config: dict[str, Any]) -> list[str]:
-        """Say which settings of a checkpoint what was stated overrules, one sentence each."""
+        """Say which settings of a checkpoint the stated ones overrule, one sentence each."""
         return [
             f"{name}={value} as stated, instead of the checkpoint's {config[name]}"
             for name, value in self.stated.items()
@@ -270,8 +270,8 @@ def calibrate(post_processor: PostProcessor, held_out: HeldOut, validation: Iter
     """Set a post-processor's thresholds and normalisation from scored images.
 
     Args:
-        post_processor: It is changed. Held-out images count for an :class:`STPMPostProcessor` alone.
-        held_out: Of good images that trained nothing, as :func:`of_held_out` gives them; may be empty.
+        post_processor: It is changed. Only an :class:`STPMPostProcessor` uses the held-out images.
+        held_out: Scores of held-out good images, as :func:`of_held_out` gives them; may be empty.
         validation: Batches of the validation set with raw scores and maps, labels, and masks where there are any; not
             read where ``normal_quantile`` is set.
     """
@@ -297,7 +297,7 @@ def check_shares(asked: dict[str, Any]) -> None:
     """Refuse a quantile outside (0, 1) or a sensitivity outside [0, 1].
 
     Raises:
-        STPMError: One is; names it.
+        STPMError: One of them is out of range; names it.
     """
     for name, value in asked.items():
         inside = 0 < value < 1 if name == "normal_quantile" else 0 <= value <= 1
@@ -307,7 +307,7 @@ def check_shares(asked: dict[str, Any]) -> None:
 
 
 def _with_stated_quantile(module: STPMPostProcessor, *args: Any) -> None:
-    """Set loaded thresholds anew from the saved held-out scores, if a quantile was stated."""
+    """Set loaded thresholds again from the saved held-out scores, if a quantile was stated."""
     del args
     if "normal_quantile" in module.stated and module.held_out_scores:
         module.set_from_normal_images(torch.tensor(module.held_out_scores), torch.tensor(module.held_out_maxima))

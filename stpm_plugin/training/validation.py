@@ -21,9 +21,9 @@ MEASURED_BY_ANOMALIB = ("image_", "pixel_")  # prefixes of the names that its me
 
 
 def validates_each_epoch(trainer: Trainer, module: STPM) -> bool:
-    """Whether someone looks at the validation set while training: else it is read once, at the end.
+    """Whether the validation set is used while training; otherwise it is read once, at the end.
 
-    That is the case where the evaluator has validation metrics, or the trainer was told when to validate.
+    It is used if the evaluator has validation metrics, or the trainer was told when to validate.
 
     Raises:
         STPMError: A callback monitors a metric that nothing measures.

@@ -19,7 +19,7 @@ TRUE = (80, 200, 80)  # BGR of the outline of a true mask
 
 
 class VerdictPictures(Visualizer):
-    """Draws each tested or predicted image beside its heat map, as `stpm score` does.
+    """Draws each tested or predicted image next to its heat map, as `stpm score` does.
 
     Up to half the threshold a heat map keeps the image's colours, so that good images stay calm. True masks are
     outlined on the image.
