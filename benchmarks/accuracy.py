@@ -50,7 +50,7 @@ LIGHT = {  # variants of `inference_speed.py light`: rows here, and their labels
     "patchcore": ("anomalib PatchCore", "PatchCore"),
 }
 ALL = METRICS | {"image_F1Score": "image F1", "pixel_AUPR": "pixel AP"}
-TIMES = {  # titles and digits; missing where other runs were beside
+TIMES = {  # titles and digits; missing where other runs shared the machine
     "fit_seconds": ("fit, s", 0),
     "milliseconds_an_image": ("test, ms an image", 1),
     "peak_memory_gib": ("peak, GiB", 2),

@@ -41,7 +41,7 @@ def parser(doc: str | None, parts: list[str], *options: str) -> argparse.Argumen
 
 
 def environment(command: str) -> Row:
-    """Return the date, the command, the versions and the machine, to be kept beside a figure."""
+    """Return the date, the command, the versions and the machine, to be kept with a figure."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": command,
@@ -53,7 +53,7 @@ def environment(command: str) -> Row:
 
 
 def processor() -> str:
-    """Name the processor, as far as the system tells; times on two kinds do not compare."""
+    """Name the processor, as far as the system tells; times on two kinds cannot be compared."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     return names[0] if names else platform.processor()

@@ -1,11 +1,11 @@
-"""Fit and inference on a GPU: STPM by both recipes and both backbones, beside Stfpm, PaDiM and PatchCore.
+"""Fit and inference on a GPU: STPM by both recipes and both backbones, next to Stfpm, PaDiM and PatchCore.
 
     python -m benchmarks.gpu --root DIR --category bottle --teacher FILE
 
 Each model is fitted once through anomalib's Engine, after a fit of one pass that warms the GPU up; all have the same
-weights of torchvision's ResNet-18 but for lite0, and read the images in this process. Of Stfpm's hundred passes, each
-like the others, it makes twenty. Then each network is timed on images that lie on the GPU, at batch 1 and 32:
-eager, in bfloat16, as a CUDA graph, compiled. Rows are written to `results/gpu.json`.
+weights of torchvision's ResNet-18 except lite0, and read the images in this process. Stfpm makes twenty of its hundred
+passes, since all are alike. Then each network is timed on images in the GPU's memory, at batch 1 and 32: eager, in
+bfloat16, as a CUDA graph, compiled. Rows are written to `results/gpu.json`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def fitted(model: Any, args: argparse.Namespace, **length: int) -> Row:
 
 @torch.no_grad()
 def inference(network: nn.Module, whole: bool) -> Iterator[tuple[str, Row]]:
-    """Time a network (B, 3, H, W) -> scores and maps; ``whole`` with all ways, else eager alone."""
+    """Time a network (B, 3, H, W) -> scores and maps; ``whole`` in all ways, else only eager."""
     half = copy.deepcopy(network)
     ways: dict[str, Callable[[Tensor], Any]] = {"eager": network}
     if whole:
@@ -155,7 +155,7 @@ def timed(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def kernels(call: Callable[[], Any], count: int = 10) -> float:
-    """Milliseconds of a call in which a kernel runs: far below its time where launching them is what takes long."""
+    """Milliseconds of a call in which a kernel runs: far below the call's time if launching kernels takes long."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(count):
             call()

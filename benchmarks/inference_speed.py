@@ -6,12 +6,12 @@
     python -m benchmarks.inference_speed table                                           # from what is kept
 
 `light`: DIR is MVTec AD's folder, FILE weights of torchvision's ResNet-18. WORK keeps the trained and exported models:
-what is there is not trained again; `--passes 1` is enough for times. `files` and `start-up`: `stpm score` beside
+what is there is not trained again; `--passes 1` is enough for times. `files` and `start-up` compare `stpm score` with
 anomalib's OpenVINOInferencer in a loop, in turns, each in a process of its own; images are test images of a folder in
 MVTec AD's layout. Models for images at their own size (`stpm train --recipe native`) are timed in the same way;
 `--results` keeps their rows apart.
 
-Rows are kept in `results/inference_speed.json` and `results/scoring.json`, beside those of measurements that were made
+Rows are kept in `results/inference_speed.json` and `results/scoring.json`, with those of measurements that were made
 once. Images a second: OpenVINO's `benchmark_app -m MODEL.xml -hint throughput`; accuracy of an export: `stpm verify`.
 """
 

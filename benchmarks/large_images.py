@@ -5,7 +5,7 @@
     python -m benchmarks.large_images table
 
 A size is that to which images are resized, or `own`; `own-160` has crops of 160 pixels. Each fit is a process of its
-own, by anomalib's Engine, alone on the machine; rows are written as they come to
+own, by anomalib's Engine, with nothing else on the machine; rows are written as they come to
 `results/large_images.json`, and what has a row is not run again. Maps are compared with masks at the masks' size.
 Recipes are the plugin's; at their own size `configs/native.yaml`'s, but for the hold-out, which is the others'. Rows of
 12 megapixels, of half the steps, and of anomalib's PatchCore and Stfpm are by the command as of commit 951a4ce;
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def data_of(name: str, work: Path) -> AnomalibDataModule:
-    """A category's images, at hand."""
+    """A category's datamodule, set up."""
     options: dict[str, Any] = {"num_workers": 1, "val_split_mode": "none", "eval_batch_size": 1}
     if name == "drawn":
         made: AnomalibDataModule = DemoData(root=work, **DRAWN, **options)

@@ -182,7 +182,7 @@ def jobs(question: str, args: argparse.Namespace, teachers: list[str]) -> Iterat
 
 
 def settings(job: Row, args: argparse.Namespace, folder: Path) -> Row:
-    """Say a run in the words of :func:`benchmarks.training_speed.train`."""
+    """Describe a run by the arguments of :func:`benchmarks.training_speed.train`."""
     run = {name: job[name] for name in ("model", "category", "seed", "size")} | {"epochs": job["passes"]}
     run["root"], areas = str(subset(job["data"], job["share"], job["seed"], folder)), thirds(job["data"])
     if job["model"].startswith("STPM"):

@@ -127,7 +127,7 @@ def runs(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Row]]:
 def few(source: Path, count: int, root: Path) -> str:
     """Copy ``count`` training images and a small test set, on which a validation costs little; returns the root.
 
-    Beyond the images that there are, they are taken again and again, by links.
+    If there are fewer images, they are repeated, as links.
     """
     if not root.exists():
         names = sorted(path.name for path in (source / "train/good").iterdir())
@@ -151,8 +151,8 @@ def part_of(source: Path, target: Path, images: list[str], tests: int | None = N
 def train(run: Row, teacher: Path, folder: Path) -> Row:
     """Run `anomalib train` once, with a folder for its files; returns what the clock kept.
 
-    ``run`` has the model, the data's root and category, the passes (``epochs``) and the seed; and, if need be, the
-    images' ``size``, more ``arguments`` of the model, ``metrics`` and ``callbacks``.
+    ``run`` has the model, the data's root and category, the passes (``epochs``) and the seed; optionally the images'
+    ``size``, more ``arguments`` of the model, ``metrics`` and ``callbacks``.
     """
     default, paper = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("stpm", "paper"))
     size = run.get("size", 256)

@@ -29,7 +29,7 @@ class Doctor:
     results: Path = Path("results")
 
     def run(self) -> int:
-        """Look and say; returns the exit code."""
+        """Print the findings; returns the exit code."""
         ill = False
         for fine, line in self.findings():
             print(("  " if fine else "! ") + line)
@@ -37,7 +37,7 @@ class Doctor:
         return int(ill)
 
     def findings(self) -> Iterator[tuple[bool, str]]:
-        """What is found: whether it is well, and a line."""
+        """The findings: for each, whether it is fine, and a line."""
         yield from packages()
         yield from machine()
         yield from networks()

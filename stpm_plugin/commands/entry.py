@@ -150,7 +150,7 @@ def parser_of(name: str) -> ArgumentParser:
 
 
 def split(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Tell a sub-command's own words from the options that go to anomalib with their values."""
+    """Separate a sub-command's own words from the options, with their values, that go to anomalib."""
     own: list[str] = []
     passed_on: list[str] = []
     value = False
@@ -175,7 +175,7 @@ def refuse_twice(given: Sequence[str]) -> None:
 
 
 def in_a_sentence(error: ArgumentError) -> str:
-    """Say an error of the parser as one line, with the option as it is typed."""
+    """Turn an error of the parser into one line, with the option as it is typed."""
     text = " ".join(str(error).split()).rstrip(".")
     if text.startswith("Option '") and "is required" in text:
         return f"{text.split(chr(39))[1].rpartition('.')[2].upper()} is missing"
@@ -192,7 +192,7 @@ def in_a_sentence(error: ArgumentError) -> str:
 
 
 def moved(name: str) -> typing.Callable[[], int]:
-    """An entry of the old form, `python -m stpm_plugin.NAME`: it says where it went, and goes there."""
+    """An entry of the old form, `python -m stpm_plugin.NAME`: it names the new command, and runs it."""
 
     def run() -> int:
         print(f"`python -m stpm_plugin.{name}` is now `stpm {name}`; the old form ends with 0.3.", file=sys.stderr)

@@ -99,7 +99,7 @@ def test_images(saved: Path, terminal: Quiet) -> dict[str, str]:
 
     Args:
         saved: The run's settings.
-        terminal: The way past the log.
+        terminal: Prints to the terminal, past the log.
     """
     terminal.say("reading the run's data ...")
     settings: dict[str, Any] = yaml.safe_load(saved.read_text(encoding="utf-8"))["data"]

@@ -24,7 +24,7 @@ def logged(log: Path, what: str, work: Callable[[Quiet], Made]) -> Made:
     Args:
         log: The file.
         what: The work's name in an error.
-        work: Called with the way past the log.
+        work: Called with what prints to the terminal, past the log.
 
     Raises:
         STPMError: The work failed, in one sentence.

@@ -1,4 +1,4 @@
-"""One run of `stpm score`: a worker, a table, and what is said of them."""
+"""One run of `stpm score`: a worker, a table, and the messages about them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AGAIN = 5.0  # seconds until a watch tries again what failed
 
 
 class Run:
-    """One run of the command: a worker, a table, and what is said of them."""
+    """One run of the command: a worker, a table, and the messages about them."""
 
     def __init__(self, options: Score) -> None:
         self.options = options
@@ -108,13 +108,13 @@ class Run:
         return self.table.has(path) and (folder is None or file_of(path, folder, self.root).exists())
 
     def _stamped(self, paths: Sequence[str]) -> Any:
-        """Note what tells each image from a later one, before it is read."""
+        """Note each image's stamp before it is read."""
         for path in paths:
             self.stamps[path] = stamp(path)
             yield path
 
     def _keep(self, scored: Scored) -> None:
-        """Write a verdict down, print it if asked to, and say if the scores have left the held-out ones."""
+        """Write a verdict to the table, print it if asked to, and warn if the scores have left the held-out ones."""
         if not self.table.has(scored.path):
             self.table.append(scored, self.stamps.get(video_of(scored.path)))
         if self.options.json:

@@ -15,7 +15,7 @@ OFTEN, SELDOM = 0.5, 30.0  # seconds between two states of a line that is rewrit
 
 
 class Progress:
-    """One line: what is done, how fast, and the time left. It is rewritten on a terminal, and seldom new in a file.
+    """One line: what is done, how fast, and the time left. A terminal's is rewritten; a file gets a new one seldom.
 
     Args:
         total: Number of steps.
@@ -62,7 +62,7 @@ def in_words(seconds: float) -> str:
 
 
 class Quiet:
-    """Where a command's own words go while all else that is printed goes to a file.
+    """Prints a command's own words to the terminal, while all other output goes to a file.
 
     Attributes:
         terminal: The terminal, or what standard error was redirected to.

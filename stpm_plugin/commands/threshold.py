@@ -88,7 +88,7 @@ def verdict_of(model: Path) -> Verdict:
 
 
 def in_words_of(verdict: Verdict) -> str:
-    """A verdict's thresholds, and what the good images that it holds say of them."""
+    """A verdict's thresholds, and their false alarms among the good images that it holds."""
     said = (
         f"image threshold {verdict.image.raw_limit:.4g}, pixel threshold {verdict.pixel.raw_limit:.4g} (raw scores), "
     )

@@ -187,7 +187,7 @@ def good_images(folder: Path, bad: Path | None) -> Path:
 
 
 def settings_of_test(bad: Path | None, masks: Path | None) -> dict[str, object]:
-    """The part of the settings that says what is tested.
+    """The settings of the test.
 
     Raises:
         STPMError: A folder is missing or empty, or masks are given without images.
@@ -218,7 +218,7 @@ def kinds_below(folder: Path, option: str) -> list[Path]:
     """The folders of each kind of defects, or the folder itself; absolute.
 
     Raises:
-        STPMError: It is no folder, or one without images.
+        STPMError: It is not a folder, or has no images.
     """
     if not folder.is_dir():
         msg = f"{option} {folder} is {'a file' if folder.exists() else 'not there'}: name a folder."
@@ -239,7 +239,7 @@ def named_after(folder: Path) -> str:
 
 
 def account(made: AnomalibCLI, test: bool) -> str:
-    """What a training came to: its images, its threshold, and how it did in the test."""
+    """The result of a training: its images, its threshold, and its metrics in the test."""
     model = made.model
     record = model.data_record
     said = f"on {len(record.digests) - len(record.held_out)} good images; {len(record.held_out)} were held out."

@@ -76,7 +76,7 @@ def load(checkpoint: str) -> STPM:
 
 
 def trained_on(model: STPM, paths: Sequence[str]) -> set[str]:
-    """Which of the images trained the model: on them it says little of what it does on others."""
+    """Which of the images trained the model: their scores say little about other images."""
     record = model.data_record
     found = set() if record is None else among([Path(path) for path in paths], record.trained_digests)
     return {str(path) for path in found}

@@ -31,8 +31,8 @@ class DemoData(AnomalibDataModule):
         train_images: Good images to train on.
         test_images: Images of each test kind: good ones, and each of the five defects.
         image_side: Height and width of the images, pixels.
-        defect_pixels: Smallest and largest extent of the defects, pixels; ``None`` for some that grow with the images.
-            With it there are no plugged holes, whose size is the part's.
+        defect_pixels: Smallest and largest extent of the defects, pixels; ``None`` for extents that grow with the
+            images. If it is set, there are no plugged holes, since their size is the part's.
         train_batch_size: Images in a training batch.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Processes that read images; 0 reads them in the main process.
@@ -40,13 +40,13 @@ class DemoData(AnomalibDataModule):
         val_augmentations: As in anomalib.
         test_augmentations: As in anomalib.
         augmentations: As in anomalib.
-        val_split_mode: As in anomalib; half of the test images by default, so that thresholds are not set on the
+        val_split_mode: As in anomalib; by default a part of the test images, so that thresholds are not set on the
             images that are tested.
         val_split_ratio: Share of the test images that goes to validation.
         seed: Seed of the drawing and of the split.
     """
 
-    seed: int  # never nothing, as anomalib's may be
+    seed: int  # never ``None``, unlike anomalib's
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ def scene(
 
 
 def _plate(rng: np.random.Generator, side: int) -> Image.Image:
-    """A brushed metal plate with five holes and a label: RGBA, transparent beside the part."""
+    """A brushed metal plate with five holes and a label: RGBA, transparent around the part."""
     brushed = _grain(rng, side, 3, 60) * 14 + 150
     pixels = np.repeat(brushed[:, :, None], 3, axis=2) * np.array([1.0, 0.98, 0.94])
     plate = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).convert("RGBA")

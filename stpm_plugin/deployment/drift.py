@@ -1,9 +1,9 @@
 """Notice when scores leave those of the held-out good images: light, camera or product has changed.
 
 Each window of recent scores is compared with the held-out ones by the one-sided two-sample Kolmogorov-Smirnov tests
-(Smirnov 1939), of which the limiting distribution is exp(-2 d^2 n m / (n + m)). Defective parts raise scores too: if a
-share of the parts is defective, it lowers the distribution function by at most that share, which is allowed for.
-Nothing but a change lowers scores. False warnings, and how soon a change is noticed: `benchmarks/results/scoring.md`.
+(Smirnov 1939), whose limiting distribution is exp(-2 d^2 n m / (n + m)). Defective parts raise scores too: if a share
+of the parts is defective, it lowers the distribution function by at most that share, which is allowed for. Only a
+change lowers scores. False warnings, and how soon a change is noticed: `benchmarks/results/scoring.md`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 WINDOW = 30  # images: with ten held-out ones a window of this size can be told apart, and a shift is noticed soon
 FEWEST = 10  # held-out images
 LEVEL = 0.001  # share of false warnings among windows: once in 30,000 images
-DEFECTIVE = 0.1  # share of defective parts that is no change; lines that make more would change something
+DEFECTIVE = 0.1  # share of defective parts that does not count as a change; a line with more would be changed anyway
 
 
 class Drift:

@@ -1,4 +1,4 @@
-"""Read and write an exported model: its graph, its files, their hash, and what is said beside the graph."""
+"""Read and write an exported model: its graph, its files, their hash, and the information stored with the graph."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..training.data_record import DataRecord, packed, unpacked
 from .verdict import RAW_MAP, RAW_SCORE, SECTION, Verdict
 
 MODEL_INFO = {"model_type": "AnomalyDetection", "task": "segmentation"}  # what OpenVINO Model API reads
-TRAINED, HELD_OUT = "trained", "held_out"  # names of the images' digests beside the graph
+TRAINED, HELD_OUT = "trained", "held_out"  # names of the images' digests, stored with the graph
 REACHES = "reaches"  # how far each level sees, of a graph that takes images of any size
 KEPT = ("size", TRAINED, HELD_OUT, REACHES)  # what another verdict does not change
-COMPANIONS = (".bin", ".onnx.data", ".data")  # files beside a model that hold its weights
+COMPANIONS = (".bin", ".onnx.data", ".data")  # files next to a model that hold its weights
 
 
 def files_of(model: Path) -> list[Path]:
-    """A model's file and those beside it that hold its weights."""
+    """A model's file and the files next to it that hold its weights."""
     beside = [model.with_suffix(suffix) for suffix in COMPANIONS] + [model.with_name(model.name + ".data")]
     return [model, *dict.fromkeys(file for file in beside if file.is_file() and file != model)]
 
@@ -58,7 +58,7 @@ def size_of(network: ov.Model) -> tuple[int, int] | None:
 
 
 def reaches_of(network: ov.Model) -> list[Reach] | None:
-    """How far each level of a graph sees that takes images of any size, in windows if they are large."""
+    """How far each level sees, of a graph that takes images of any size; ``None`` for other graphs."""
     if not network.has_rt_info([SECTION, REACHES]):
         return None
     return [Reach(*numbers) for numbers in json.loads(network.get_rt_info([SECTION, REACHES]).astype(str))]
@@ -103,7 +103,7 @@ def last_line(error: Exception) -> str:
 
 
 def describe(model: ov.Model, size: tuple[int, int] | None, record: DataRecord | None) -> None:
-    """Say in a model what OpenVINO Model API must know, and what the scorer and the report must.
+    """Store in a model what OpenVINO Model API, the scorer and the report need.
 
     Args:
         model: It is changed.

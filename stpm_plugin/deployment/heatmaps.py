@@ -31,7 +31,7 @@ def file_of(path: str, folder: Path, root: Path) -> Path:
 
 
 def write(picture: np.ndarray, target: Path) -> None:
-    """Write a picture to a temporary file beside its target, then move it there.
+    """Write a picture to a temporary file next to its target, then move it there.
 
     Raises:
         STPMError: It cannot be written.

@@ -19,8 +19,8 @@ from ..decoding import decode
 from ..errors import STPMError
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-VIDEOS = {".avi", ".mkv", ".mov", ".mp4"}  # scored by frames where a source names one
-HEATMAP = ".heatmap.jpg"  # ends the names of pictures that are drawn here, which are no input
+VIDEOS = {".avi", ".mkv", ".mov", ".mp4"}  # scored frame by frame, if a source names one
+HEATMAP = ".heatmap.jpg"  # ends the names of pictures that are drawn here, which are not input
 DECODERS = min(4, os.cpu_count() or 1)  # threads: decoding a megapixel takes as long as scoring it
 AHEAD = 4 * DECODERS  # decoded images that may wait
 
@@ -51,7 +51,7 @@ def find_images(sources: Sequence[str]) -> list[str]:
 
 
 def images_below(folder: Path) -> list[str]:
-    """List the image files below a folder, as :func:`find_images` does; none is no error."""
+    """List the image files below a folder, as :func:`find_images` does; the list may be empty."""
     return _chosen(folder.rglob("*"), SUFFIXES)
 
 
@@ -63,13 +63,13 @@ def _chosen(files: Iterable[Path], suffixes: set[str]) -> list[str]:
 
 
 def canonical(file: Path) -> str:
-    """The one spelling of a file's path: absolute, its folder without links; a link to an image stays a name."""
+    """The one spelling of a file's path: absolute, its folder's links resolved; a link to an image keeps its name."""
     return str(_resolved(file.parent) / file.name)
 
 
 @functools.lru_cache(maxsize=1024)
 def _resolved(folder: Path) -> Path:
-    """A folder without links; asked once per folder, since a folder may hold many images."""
+    """A folder with its links resolved, once per folder, since a folder may hold many images."""
     return folder.resolve()
 
 
@@ -93,7 +93,7 @@ def read_images(
     Args:
         paths: Image files, and videos.
         unreadable: Called with the path of each file that :func:`~stpm_plugin.decoding.decode` refuses.
-        then: Makes of an image (H, W, 3), BGR, uint8, and its name what is yielded; runs in the threads.
+        then: Turns an image (H, W, 3), BGR, uint8, and its name into what is yielded; runs in the threads.
         skip: Whether to leave out a frame, by its name.
         reduce_to: As for :func:`~stpm_plugin.decoding.decode`.
 

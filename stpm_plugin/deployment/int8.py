@@ -1,7 +1,7 @@
 """INT8 for OpenVINO, accurate enough for a student and a teacher that differ by hundredths.
 
 Plain post-training quantisation also rounds the distance head, where a hundredth decides, and calibrates on
-validation images, which for MVTec AD are the test images. Here the two backbones alone are quantised, on normal
+validation images, which for MVTec AD are the test images. Here only the two backbones are quantised, on normal
 training images, and thresholds are recomputed from the scores of the quantised model.
 """
 
@@ -43,7 +43,7 @@ def round_model(
     post_processor: PostProcessor | None,
     max_drop: float | None = None,
 ) -> tuple[ov.Model, PostProcessor | None]:
-    """Quantise an exported model and set its thresholds anew.
+    """Quantise an exported model and set its thresholds again.
 
     Args:
         source: OpenVINO file of the model without its post-processor.
@@ -91,7 +91,7 @@ def normal_images(datamodule: AnomalibDataModule) -> DataLoader:
 
 
 def require_held_out(record: DataRecord | None) -> None:
-    """Refuse to go on without held-out images.
+    """Refuse to continue without held-out images.
 
     Raises:
         STPMError: There are none.
@@ -167,7 +167,7 @@ def quantize(
     options = {
         "subset_size": len(images),
         "preset": nncf.QuantizationPreset.MIXED,  # activations before a ReLU have two signs
-        "fast_bias_correction": False,  # layer by layer, on what the rounded layers before it give
+        "fast_bias_correction": False,  # layer by layer, on the outputs of the rounded layers before
         "ignored_scope": nncf.IgnoredScope(names=outside_the_backbones(model)),
     }
     if max_drop is None:
@@ -188,7 +188,7 @@ def _log_maps(compiled: ov.CompiledModel, images: Iterable[np.ndarray]) -> np.nd
 
 
 def outside_the_backbones(model: ov.Model) -> list[str]:
-    """Name the operations that stay in float: input, head, and what is not finer than a quarter of the image.
+    """Name the operations that stay in float: input, head, and features at a quarter of the image's size or finer.
 
     Rounding errors of the first operations run through the whole network, and the finest level's distances come
     straight from them; they are a third of a ResNet-18's work. A network whose convolutions reduce no further (Swin,
@@ -217,7 +217,7 @@ def set_thresholds(
     held_out: Iterable[Batch],
     validation: Iterable[Batch],
 ) -> None:
-    """Set a post-processor's thresholds and normalisation anew, from what a rounded model gives.
+    """Set a post-processor's thresholds and normalisation again, from a rounded model's scores.
 
     The rule stays. An image threshold from the validation set becomes the one that repeats the float model's labels.
 
@@ -225,7 +225,7 @@ def set_thresholds(
         post_processor: The float model's; it is changed.
         model: From images to raw scores and maps, rounded.
         exact: The float model.
-        held_out: Batches of good images (B, 3, H, W) in [0, 1] that trained nothing.
+        held_out: Batches of good images (B, 3, H, W) in [0, 1] that did not train the model.
         validation: Batches of the validation set, likewise, with labels, and masks where there are any.
     """
     threshold, before = post_processor.image_threshold.clone(), getattr(post_processor, "basis", VALIDATION)

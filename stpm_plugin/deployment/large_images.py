@@ -23,7 +23,7 @@ class Raw(NamedTuple):
     Attributes:
         score: Raw image score.
         anomaly_map: Raw anomaly map (H, W).
-        seconds: That it took.
+        seconds: Time that it took.
     """
 
     score: float
@@ -49,7 +49,7 @@ class LargeImages:
 
     @staticmethod
     def is_large(pixels: np.ndarray) -> bool:
-        """Whether an image (3, H, W) goes in windows."""
+        """Whether an image (3, H, W) is scored in windows."""
         return max(pixels.shape[1:]) > LARGEST
 
     @functools.cached_property

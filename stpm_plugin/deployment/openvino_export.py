@@ -66,14 +66,14 @@ def export(
     max_drop: float = 0.01,
     **arguments: Any,
 ) -> Path:
-    """Export the networks as anomalib does, but for INT8, which is quantised for STPM, and append the verdict.
+    """Export the networks as anomalib does and append the verdict; INT8 is quantised for STPM.
 
     Args:
         module: A trained model.
         plain: anomalib's own export of it.
-        export_root: Folder; the model lies below it, where anomalib puts it, and is named after its compression.
+        export_root: Folder; the model goes below it, where anomalib puts it, and is named after its compression.
         compression_type: ``INT8_PTQ`` and ``INT8_ACQ`` are :mod:`stpm_plugin.deployment.int8`'s, the rest anomalib's.
-        datamodule: For INT8: the data that trained the model. Images that trained it calibrate; its validation set or
+        datamodule: For INT8: the data that trained the model. Its training images calibrate; its validation set or
             the held-out images set the thresholds.
         max_drop: For ``INT8_ACQ``: how far the correlation of the logarithms of rounded and float anomaly maps, on
             held-out normal images, may fall below 1.
@@ -174,7 +174,7 @@ def name_levels(model: ov.Model, network: STPMModel) -> None:
 
     Args:
         model: It is changed, unless the network cannot take an image in windows.
-        network: That was exported.
+        network: The network that was exported.
     """
     seen = network.reaches
     if seen is None or network.usual_places is not None:

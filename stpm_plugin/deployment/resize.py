@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-BLOCK = 4  # pixels made by one matrix product: with fewer the calls cost more, with more the weights that are zero
-PRODUCT = 2**18  # multiplications up to which OpenBLAS starts no threads; beside the decoders they took 20 times longer
+BLOCK = 4  # pixels made by one matrix product: with fewer, calls cost more; with more, weights that are zero do
+PRODUCT = 2**18  # multiplications up to which OpenBLAS starts no threads, which took 20 times longer next to decoders
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -76,21 +76,21 @@ class Scorer:
         threads: CPU threads to use; ``None`` for all.
         threshold: Raw image score above which an image is anomalous, instead of the model's.
         sensitivity: Instead of the model's, in (0, 1): above 0.5 finds more, below raises fewer false alarms.
-        ignore: Image file whose white parts are ignored, of the images' size.
-        reduced_decode: Decode large JPEGs to a part of their size: sooner, and scores move a little; without maps.
+        ignore: Mask, an image file of the images' size; its white parts are ignored.
+        reduced_decode: Decode large JPEGs at a part of their size: faster, but scores move a little; without maps.
 
     Attributes:
         digest: Hash of the model's files.
         settings: The options that decide a verdict, in words.
         verdict: The thresholds in use; ``None`` if the model describes none.
         size: Height and width to which images are resized first, pixels; ``None`` if they are not.
-        only: Height and width that images must have, where the graph takes no others.
-        smallest: Pixels that an image has at least, along each side.
-        large: Scores images in windows that are too large for one request; ``None`` for a graph that resizes them.
+        only: Height and width that images must have, if the graph takes no others.
+        smallest: Fewest pixels that an image must have along each side.
+        large: Scores images that are too large for one request, in windows; ``None`` for a graph that resizes them.
 
     Raises:
-        STPMError: The file is missing or no such model, the device cannot run it, it is fixed to another batch, or it
-            does not hold what an option needs.
+        STPMError: The file is missing or is not such a model, the device cannot run it, it is fixed to another batch,
+            or it does not hold what an option needs.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Scorer:
         Args:
             files: Paths.
             maps: Whether to return regions, images and anomaly maps too.
-            unreadable: Called with the path of each file that is no such image; ``None`` raises.
+            unreadable: Called with the path of each file that is not such an image; ``None`` raises.
             skip: Whether to leave out a video frame, by its name.
 
         Yields:
@@ -301,10 +301,10 @@ class Scorer:
 
 
 def require_finite(path: str, score: float) -> None:
-    """Refuse a score that is no number.
+    """Refuse a score that is not a number.
 
     Raises:
-        STPMError: It is none.
+        STPMError: It is not finite.
     """
     if not math.isfinite(score):
         msg = f"{path} has the score {score}: the model is damaged; export its checkpoint again."

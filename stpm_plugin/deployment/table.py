@@ -31,7 +31,7 @@ OLD_HEADER = b"path,score,label,latency_ms"  # of version 0.1.0
 
 
 class Stamp(NamedTuple):
-    """What tells an image from a later one under its name: size in bytes, and time of change in seconds, as text."""
+    """What tells an image from a later one of the same name: bytes, and time of change in seconds, as text."""
 
     bytes: str
     modified: str
@@ -65,16 +65,16 @@ class Table:
         path: The file; a new one is made where there is none.
         model: Hash of the model.
         settings: What else decides a verdict, in words.
-        restart: Begin anew: rows of another model or other settings are dropped with the rest.
+        restart: Start over: all rows are dropped, also those of another model or other settings.
         names: The images of this run.
-        log: Keep rows of images that have changed or are gone, as a log of a folder that is watched does.
+        log: Keep rows of images that have changed or are gone, for the log of a watched folder.
 
     Attributes:
         rows: The newest row of each name, as cells.
         replaced: Number of rows that were dropped because their images have changed.
 
     Raises:
-        STPMError: The file is something else, of another model or other settings, or another process writes it.
+        STPMError: The file is not a table, or is of another model or other settings, or another process writes it.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Table:
         return row is not None and stamp(name) == Stamp(row[6], row[7])
 
     def append(self, scored: Scored, seen: Stamp | None) -> None:
-        """Write a verdict's row; a row that does not fit on the disk leaves none.
+        """Write a verdict's row; a row that does not fit on the disk is removed.
 
         Args:
             scored: The verdict.
@@ -147,10 +147,10 @@ class Table:
         self.close()
 
     def _read(self, old: io.BufferedReader | None, restart: bool) -> list[list[str]]:
-        """Read the whole rows of a file, after a look at its first line.
+        """Read the complete rows of a file, after a check of its first line.
 
         Raises:
-            STPMError: It is no table, or one of another model or other settings.
+            STPMError: It is not a table, or one of another model or other settings.
         """
         self._torn = False
         if old is None:
@@ -168,7 +168,7 @@ class Table:
         return whole
 
     def _replace(self, rows: Iterable[list[str]]) -> None:
-        """Write a new file beside the old one, and move it there."""
+        """Write a new file next to the old one, then replace the old one with it."""
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             with beside.open("wb") as new:
@@ -190,7 +190,7 @@ def read_rows(path: Path) -> list[list[str]]:
     """Read the newest row of each name, as cells.
 
     Raises:
-        STPMError: There is no such file, or it is no table.
+        STPMError: There is no such file, or it is not a table.
     """
     if not path.is_file():
         msg = f"{path} does not exist: name a CSV that `stpm score` wrote."
@@ -200,10 +200,10 @@ def read_rows(path: Path) -> list[list[str]]:
 
 
 def _whole_rows(file: io.BufferedReader, path: Path, restart: bool) -> tuple[list[list[str]], bool]:
-    """Read the whole rows of a file, after a look at its first line; returns whether others were there too.
+    """Read the complete rows of a file, after a check of its first line; returns whether there were others too.
 
     Raises:
-        STPMError: It is no table.
+        STPMError: It is not a table.
     """
     first = file.readline(4 * len(HEADER)).removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
     if first == OLD_HEADER:

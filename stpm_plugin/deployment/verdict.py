@@ -44,7 +44,7 @@ class Scale:
     sensitivity: float = 0.5
 
     def normalize(self, values: Any) -> np.ndarray:
-        """Map raw values to [0, 1], float32, the threshold to 0.5; unchanged where there is nothing to map by."""
+        """Map raw values to [0, 1], float32, the threshold to 0.5; unchanged if no threshold or range is known."""
         values, threshold = np.asarray(values, np.float32), np.float32(self.threshold)
         if self.low is None or self.high is None:
             return values if math.isnan(threshold) else values / (values + threshold)
@@ -94,7 +94,7 @@ class Verdict:
         pixel: Of the anomaly maps.
         normalize: Whether scores and maps are normalised.
         label: Whether labels and masks are given.
-        held_out_scores: Raw image scores of good images that trained nothing, ascending.
+        held_out_scores: Raw image scores of good images that did not train the model, ascending.
         held_out_maxima: Raw maxima of their anomaly maps, ascending.
         score_area: Blocks of the map that the image score is made of, as in :class:`stpm_plugin.STPMModel`.
         score_share: The same as a share of the map, in older exports; ``None`` in others.
@@ -152,8 +152,8 @@ class Verdict:
     def image_score(self, anomaly_map: np.ndarray, ignored: np.ndarray | None = None) -> float:
         """Raw image score of a raw anomaly map (h, w): :func:`stpm_plugin.model.matching.image_score` in NumPy.
 
-        Where ``ignored`` (h, w) is true the map counts as empty, but for the mean that the most anomalous part is
-        compared with, so that ignoring raises no score.
+        Where ``ignored`` (h, w) is true the map counts as 0, except in the mean that the most anomalous part is
+        compared with, so that a mask raises no score.
         """
         cleared = anomaly_map if ignored is None else np.where(ignored, 0, anomaly_map)
         if not (self.score_share or self.score_area):

@@ -1,4 +1,4 @@
-"""Wait for the images that a camera drops into folders, and for each until it is written to its end."""
+"""Wait for the images that a camera drops into folders, until each is completely written."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..errors import STPMError
 from .images import images_below
 from .table import Stamp, stamp
 
-SETTLED = 0.5  # seconds that a file has not changed for: most writers pause for less
+SETTLED = 0.5  # seconds without a change after which a file counts as written: most writers pause for less
 PATIENCE = 10.0  # seconds after which a file that still cannot be read is reported
 LOOK = 1000  # milliseconds between two looks at files that are not yet whole
-UNTOLD = 5.0  # seconds between two looks where the system tells of no change, as a network's drive may not
+UNTOLD = 5.0  # seconds between two looks if the system reports no change: a network drive may not report it
 
 
 def check(folders: Sequence[str]) -> None:

@@ -83,7 +83,7 @@ def matched(module: STPM, good: Good) -> Matched:
 
 
 def ordinary_score(module: STPM, matched: Iterable[Matched], count: int) -> Tensor:
-    """Median image score of all processes' ``count`` good images, by the student alone; a scalar."""
+    """Median image score of all processes' ``count`` good images, before maps are raised; a scalar."""
     own = of_held_out(module.model.score(one.levels, one.size) for one in matched)
     return gathered(module, own, count)[0].median()
 

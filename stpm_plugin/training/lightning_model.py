@@ -319,12 +319,12 @@ def check_steps(steps: tuple[int, int] | None) -> None:
         STPMError: ``steps`` is not the fewest and the most steps.
     """
     if steps is not None and not (len(steps) == 2 and 0 <= steps[0] <= steps[1] and steps[1] > 0):
-        msg = f"steps={steps} must be the fewest and the most steps, such as [600, 1400], or null for epochs alone."
+        msg = f"steps={steps} must be the fewest and the most steps, such as [600, 1400], or null to use only epochs."
         raise STPMError(msg)
 
 
 def seeded_model(seed: int | None, *arguments: Any) -> STPMModel:
-    """An untrained :class:`STPMModel` whose student's first weights depend on ``seed`` alone, where there is one."""
+    """An untrained :class:`STPMModel` whose student's first weights depend only on ``seed``, if there is one."""
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

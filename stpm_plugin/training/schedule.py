@@ -111,7 +111,7 @@ def passes_within(steps: int, epochs: int, budget: tuple[int, int] | None) -> in
     Args:
         steps: Optimiser steps in a pass.
         epochs: Passes.
-        budget: Fewest and most steps; the fewest win. ``None`` for ``epochs`` alone.
+        budget: Fewest and most steps; the fewest win. ``None`` to use only ``epochs``.
     """
     if budget is None:
         return epochs

@@ -24,7 +24,7 @@ from ..settings import options_in
 from ..table import Stamp, read_rows, stamp, video_of
 from ..verdict import Scale, Verdict, changed, read_verdict
 
-GOOD, UNLABELLED = "good", "images"  # kinds of those that are good, and of those of which nothing is known
+GOOD, UNLABELLED = "good", "images"  # kinds of good images, and of images without a known kind
 SIDE, QUALITY = 160, 75  # of the pictures, pixels and JPEG's percentage: 5,000 take about 25 MB
 
 
@@ -91,7 +91,7 @@ def contents_of(table: Path, model: Path, kinds: Mapping[str, str] | None = None
         kinds: Kind of each image by its path; ``None`` takes the folders' names, if one is named ``good``.
 
     Raises:
-        STPMError: The table is none, is empty, or is another model's; or the model describes no verdict.
+        STPMError: The file is not a table, is empty or belongs to another model; or the model describes no verdict.
     """
     rows = read_rows(table)
     if not rows:
@@ -130,7 +130,7 @@ def contents_of(table: Path, model: Path, kinds: Mapping[str, str] | None = None
 
 
 def by_folder(paths: Iterable[str]) -> dict[str, str]:
-    """Kinds by the folders' names, if one is named ``good``: else nothing is known of any."""
+    """Kinds by the folders' names, if one is named ``good``; otherwise all are unlabelled."""
     folders = {path: Path(video_of(path)).parent.name for path in paths}
     known = GOOD in folders.values()
     return {path: folder if known else UNLABELLED for path, folder in folders.items()}
@@ -184,7 +184,7 @@ def pictures(images: Sequence[Shown], heatmaps: Path | None, step: Callable[[], 
 
 
 def heatmap_of(path: str, folder: Path | None) -> Path | None:
-    """An image's heat map in a folder, where its path below the scored folders is; ``None`` if there is none."""
+    """An image's heat map in a folder that is laid out as the scored folders; ``None`` if there is none."""
     if folder is None:
         return None
     parts = Path(path).parts[1:]

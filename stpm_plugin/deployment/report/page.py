@@ -23,7 +23,7 @@ from .contents import GOOD, UNLABELLED, Contents
 
 
 def write(target: Path, contents: Contents, pictures: Sequence[str], title: str) -> None:
-    """Write the page to a temporary file beside its target, then move it there.
+    """Write the page to a temporary file next to its target, then move it there.
 
     Raises:
         STPMError: It cannot be written.
@@ -90,6 +90,6 @@ def link_to(path: str, folder: Path) -> str:
 
 
 def as_script(data: dict[str, Any]) -> str:
-    """Data as JSON that no name of a file can end."""
+    """Data as JSON in which no file name can end the script."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
