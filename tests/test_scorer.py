@@ -152,6 +152,8 @@ def test_the_verdict_by_hand():
     moved = RELATIVE.with_threshold(0.3)
     assert moved.image.normalize(np.float32(0.3)) == pytest.approx(0.5)
     assert moved.pixel.threshold == pytest.approx(0.6)  # by the same factor
+    with pytest.raises(STPMError, match="has no threshold to move: set one with `stpm threshold"):
+        Verdict("none", Scale(np.nan), Scale(np.nan)).with_threshold(0.3)
     keener = RELATIVE.with_sensitivity(0.8)  # scores above 0.2: s / (s + 0.2) > 0.2
     assert keener.image.raw_limit == pytest.approx(0.05)
     spread = Scale(0.5, 0.1, 0.9)

@@ -195,7 +195,7 @@ def moved(name: str) -> typing.Callable[[], int]:
     """An entry of the old form, `python -m stpm_plugin.NAME`: it names the new command, and runs it."""
 
     def run() -> int:
-        print(f"`python -m stpm_plugin.{name}` is now `stpm {name}`; the old form ends with 0.3.", file=sys.stderr)
+        print(f"`python -m stpm_plugin.{name}` is now `stpm {name}`; 0.4 drops the old form.", file=sys.stderr)
         return main([name, *sys.argv[1:]])
 
     return run

@@ -135,7 +135,7 @@ def indices_of(dataset: Any, record: DataRecord | None) -> tuple[list[int], list
         msg = (
             f"the data's {len(digests)} good images include {len(trained)} of the {len(record.trained_digests)} that "
             f"trained this model and {len(held_out)} of its {len(record.held_out)} held-out ones: name its training "
-            "data with --data."
+            "data (--good of `stpm export`, --data of `anomalib export`)."
         )
         raise STPMError(msg)
     missing = len(record.trained_digests) - len({digests[index] for index in trained})

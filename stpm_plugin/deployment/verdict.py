@@ -123,7 +123,10 @@ class Verdict:
         Raises:
             STPMError: It is not above 0, or the model has no threshold to move.
         """
-        if not 0 < threshold < math.inf or math.isnan(self.image.threshold):
+        if math.isnan(self.image.threshold):
+            msg = "the model has no threshold to move: set one with `stpm threshold MODEL.xml --good IMAGES`."
+            raise STPMError(msg)
+        if not 0 < threshold < math.inf:
             msg = f"threshold={threshold} must be above 0, on the scale of raw scores (the column `raw`)."
             raise STPMError(msg)
         factor = threshold / self.image.raw_limit
