@@ -8,8 +8,8 @@ Each run is the real `anomalib train` in a fresh process; rows are written as th
 `results/training_speed.json`, and a run that has one is not repeated. All models get the same weights of torchvision's
 ResNet-18 as their teacher; anomalib's own would download others, which changes no time. Rows that name a batch and a
 number of passes are of recipes that were tried before the present one (`recipes.md`), `growth` rows of one of them, by
-the command as of commit 12c2a5f, `whole` rows beside a busy process by that of 951a4ce, `busy` rows by the one that
-they name. Whole runs: `accuracy.py`.
+the command as of commit 12c2a5f; `earlier` rows are of a machine with AVX512, `whole` rows beside a busy process by the
+command as of 951a4ce, `busy` rows by the one that they name. Whole runs: `accuracy.py`.
 """
 
 from __future__ import annotations
