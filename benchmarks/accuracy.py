@@ -13,7 +13,6 @@ that each row names and that is in the history up to commit f4b4dd4.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import tempfile
 from collections.abc import Iterator
@@ -50,11 +49,8 @@ LIGHT = {  # variants of `inference_speed.py light`: rows here, and their labels
     "patchcore": ("anomalib PatchCore", "PatchCore"),
 }
 ALL = METRICS | {"image_F1Score": "image F1", "pixel_AUPR": "pixel AP"}
-TIMES = {  # titles and digits; missing where other runs shared the machine
-    "fit_seconds": ("fit, s", 0),
-    "milliseconds_an_image": ("test, ms an image", 1),
-    "peak_memory_gib": ("peak, GiB", 2),
-}
+TIMES = {"fit_seconds": ("fit, s", 0), "milliseconds_an_image": ("test, ms an image", 1)}  # titles and digits
+TIMES |= {"peak_memory_gib": ("peak, GiB", 2)}  # all are missing where other runs shared the machine
 Groups = dict[tuple[Any, ...], list[Row]]  # by category and name
 
 
@@ -106,15 +102,13 @@ def spread_out(wanted: dict[str, Row], args: argparse.Namespace) -> Iterator[tup
 
 
 def table(kept: dict[str, Row], file: Path) -> None:
-    """Write Markdown, CSV and a figure of what is kept beside its file."""
+    """Write Markdown and a figure of what is kept beside its file."""
     groups = grouped((row | row["metrics"] for row in kept.values()), "category", "name")
     columns = {metric: (title, 4) for metric, title in ALL.items()} | TIMES
     lines = [["category", "model", "n", *(title for title, _ in columns.values())]]
     for (category, name), found in sorted(groups.items()):
         cells = [spread([row.get(column) for row in found], digits) for column, (_, digits) in columns.items()]
         lines.append([category, name, str(len(found)), *cells])
-    with file.with_suffix(".csv").open("w", newline="") as opened:
-        csv.writer(opened, lineterminator="\n").writerows(lines)
     text = f"{markdown(lines)}\n\n{markdown(six(groups))}"
     text += "\n\nPatchCore with a coreset of 1 %. No times where other runs were beside."
     text += "".join(dict.fromkeys(f" {row['name']}: {row['note']}." for row in kept.values() if "note" in row))

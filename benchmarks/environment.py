@@ -55,8 +55,8 @@ def environment(command: str) -> Row:
 def processor() -> str:
     """Name the processor, as far as the system tells; times on two kinds cannot be compared."""
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor()
+    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return named[1] if named else platform.processor()
 
 
 def rows(file: Path) -> dict[str, Row]:
@@ -74,7 +74,7 @@ def keep(file: Path, key: str, row: Row) -> None:
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in {**rows(file), key: row}.items())
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    print(f"{key}: {json.dumps(row)[:400]}", flush=True)
+    print(f"{key}: {json.dumps(row)[:800]}", flush=True)
 
 
 def fit(model: Any, data: Any, folder: Path | str, **options: Any) -> tuple[Any, float]:

@@ -70,14 +70,14 @@ def table(kept: dict[str, Row]) -> str:
         for one in kept.values():
             labels.append(alarms(one["held_out_scores"], one["test_scores"], quantile))
             masks.append(alarms(one["held_out_maxima"], one["test_maxima"], quantile))
-            expected = share(limit(np.array(one["held_out_scores"]), quantile).expected)
+            expected = f"{limit(np.array(one['held_out_scores']), quantile).expected:.1%}"
             counts = [len(one["held_out_scores"]), len(one["test_scores"])]
             found_here = [interval(labels[-1]), interval(masks[-1])]
-            lines.append([one["category"], *counts, share(1 - quantile), expected, *found_here])
+            lines.append([one["category"], *counts, f"{1 - quantile:.1%}", expected, *found_here])
         together = [np.concatenate(labels), np.concatenate(masks)]
-        lines.append(["**all**", "", len(together[0]), share(1 - quantile), "", *map(interval, together)])
-    few = [["held-out images", *(f"asked {share(1 - quantile)}" for quantile in QUANTILES)]]
-    few += [[str(count), *(share(small(kept, count, quantile)) for quantile in QUANTILES)] for count in SMALL]
+        lines.append(["**all**", "", len(together[0]), f"{1 - quantile:.1%}", "", *map(interval, together)])
+    few = [["held-out images", *(f"asked {1 - quantile:.1%}" for quantile in QUANTILES)]]
+    few += [[str(count), *(f"{small(kept, count, quantile):.1%}" for quantile in QUANTILES)] for count in SMALL]
     return (
         "False alarms on good test images, with 90 % intervals (Clopper and Pearson). A label is a false alarm if the "
         "image score is above its threshold, a mask if one pixel is above the pixel threshold.\n\n"
@@ -107,12 +107,7 @@ def small(kept: dict[str, Row], count: int, quantile: float) -> float:
 def interval(alarmed: np.ndarray) -> str:
     """The share of images that raise a false alarm, with its interval."""
     known = found(alarmed, 0.5)
-    return f"{share(known.expected)} ({share(known.low)} to {share(known.high)})"
-
-
-def share(value: float) -> str:
-    """A share as a percentage."""
-    return f"{100 * value:.1f} %"
+    return f"{known.expected:.1%} ({known.low:.1%} to {known.high:.1%})"
 
 
 if __name__ == "__main__":

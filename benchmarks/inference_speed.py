@@ -1,8 +1,9 @@
-"""Time of STPM and others in OpenVINO, of the networks alone and from files to scores.
+"""Time of STPM and others in OpenVINO, of the networks alone and from files to scores; accuracy of exports.
 
     python -m benchmarks.inference_speed light --root DIR --work WORK --teacher FILE     # networks alone, in turns
     python -m benchmarks.inference_speed files    --model MODEL.xml --images DIR/screw   # PNG and JPEG, 1 to 12 MP
     python -m benchmarks.inference_speed start-up --model MODEL.xml --images DIR/screw   # to the first score
+    python -m benchmarks.inference_speed accuracy --model MODEL.xml --images DIR/screw   # of one export
     python -m benchmarks.inference_speed table                                           # from what is kept
 
 `light`: DIR is MVTec AD's folder, FILE weights of torchvision's ResNet-18. WORK keeps the trained and exported models:
@@ -12,7 +13,7 @@ MVTec AD's layout. Models for images at their own size (`stpm train --recipe nat
 `--results` keeps their rows apart.
 
 Rows are kept in `results/inference_speed.json` and `results/scoring.json`, with those of measurements that were made
-once. Images a second: OpenVINO's `benchmark_app -m MODEL.xml -hint throughput`; accuracy of an export: `stpm verify`.
+once. Images a second: OpenVINO's `benchmark_app -m MODEL.xml -hint throughput`.
 """
 
 from __future__ import annotations
@@ -25,19 +26,23 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import openvino as ov
+import torch
 from anomalib.data import MVTecAD
+from anomalib.metrics import AUPRO, AUROC
 from rich.progress import track
 from torch.nn import functional as F
 
-from benchmarks.environment import Row, environment, fit, keep, markdown, parser, rows, spread, summary
+from benchmarks.environment import METRICS, Row, environment, fit, keep, markdown, parser, rows, spread, summary
 from benchmarks.training_speed import BACKBONES, rival, use_hub
 from stpm_plugin import STPM
 from stpm_plugin.decoding import decode
 from stpm_plugin.deployment.images import images_below
+from stpm_plugin.deployment.scorer import Scorer
 
 SIZE = (256, 256)
 ROUNDS, TIMED = 5, 40  # calls of a variant in a round, after a fifth as many untimed
@@ -73,7 +78,7 @@ INFER = "import sys; from anomalib.deploy import OpenVINOInferencer as I; I(sys.
 
 def main() -> None:
     """Run one part, then tabulate."""
-    options = parser(__doc__, ["light", "files", "start-up", "table"], "--root", "--category", "--teacher")
+    options = parser(__doc__, ["light", "files", "start-up", "accuracy", "table"], "--root", "--category", "--teacher")
     options.add_argument("--work", type=Path, help="folder of the trained and exported models")
     options.add_argument("--passes", type=int, help="of STPM; by default those of its recipe")
     options.add_argument("--model", type=Path, help="exported model")
@@ -84,12 +89,14 @@ def main() -> None:
     where |= environment(f"python -m benchmarks.inference_speed {args.part}")
     if args.part == "light":
         keep(networks, "light", light(args) | where)
+    elif args.part == "accuracy":
+        keep(networks, f"accuracy, {args.images.name}, {args.model.stem}", accuracy(args.model, args.images) | where)
     elif args.part != "table":
         originals = images_below(args.images.resolve() / "test")
         measured = (files if args.part == "files" else start_up)(str(args.model.resolve()), originals)
         for key, row in measured.items():
             keep(scores, key, row | where)
-    print(network_table(rows(networks)), score_table(rows(scores)), sep="\n")
+    print(score_table(rows(scores)))
 
 
 def light(args: argparse.Namespace) -> Row:
@@ -148,6 +155,23 @@ def exported(args: argparse.Namespace, data: MVTecAD) -> dict[str, tuple[Path, s
     return ways | ({f"{name}, bfloat16": (file, "bf16") for name, (file, _) in ways.items()} if there else {})
 
 
+def accuracy(model: Path, category: Path) -> Row:
+    """Metrics of an export's verdicts on a category's test images, in float32; masks take the maps' size."""
+    data = MVTecAD(root=category.resolve().parent, category=category.name, num_workers=0)
+    data.setup()
+    fields = [["pred_score", "gt_label"], *[["anomaly_map", "gt_mask"]] * 2]
+    metrics = [metric(fields=one) for metric, one in zip((AUROC, AUROC, AUPRO), fields, strict=True)]
+    scorer = Scorer(model)
+    for item in track(data.test_data, model.stem):
+        (made,) = scorer.score([item.image_path], maps=True)
+        seen = torch.from_numpy(made.anomaly_map)[None]
+        mask = F.interpolate(item.gt_mask.reshape(1, 1, *item.gt_mask.shape[-2:]).float(), seen.shape[-2:])[0].bool()
+        given = {"pred_score": torch.tensor([made.score]), "gt_label": item.gt_label.reshape(1)}
+        for metric in metrics:
+            metric.update(SimpleNamespace(image=None, anomaly_map=seen, gt_mask=mask, **given))
+    return {name: round(float(metric.compute()), 4) for name, metric in zip(METRICS, metrics, strict=True)}
+
+
 def python(*arguments: str) -> str:
     """Run Python in a folder of its own, with this version of the package; returns what it prints."""
     where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -199,17 +223,6 @@ def start_up(model: str, originals: list[str]) -> dict[str, Row]:
     return {"start-up": {"seconds": seconds}}
 
 
-def network_table(kept: dict[str, Row]) -> str:
-    """A table of each row of networks' times that is kept."""
-    tables = []
-    for key, row in kept.items():
-        if found := row.get("variants"):
-            columns = [*dict.fromkeys(name for values in found.values() for name in values if name != "medians_ms")]
-            lines = [[name, *(values.get(column, "") for column in columns)] for name, values in found.items()]
-            tables.append(f"{key}, {row['date']}, {row['machine']}:\n\n{markdown([['', *columns], *lines])}\n")
-    return "\n".join(tables)
-
-
 def score_table(kept: dict[str, Row]) -> str:
     """Mean and deviation of the rounds, by the clock; of all cores' time."""
     timed = {key.removeprefix("files, "): row["milliseconds"] for key, row in kept.items() if key.startswith("files")}
@@ -218,8 +231,7 @@ def score_table(kept: dict[str, Row]) -> str:
     for key, row in timed.items():
         cells = ["; ".join(spread(part, 0) for part in zip(*row.get(way, []), strict=True)) for way in ways]
         lines.append([key, *cells])
-    start = kept.get("start-up", {}).get("seconds", {})
-    return markdown(lines) + "".join(f"\nFirst score, {way}: {spread(found)} s" for way, found in start.items())
+    return markdown(lines)
 
 
 if __name__ == "__main__":

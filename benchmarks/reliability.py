@@ -115,7 +115,7 @@ def refused(folder: Path, mount: str, *command: str | Path) -> dict[str, str]:
 def no_cache(folder: Path, mount: str) -> dict[str, str]:
     """Training warns and goes on without its cache."""
     done = run(*FIT, ONCE, "--model.cache=disk", "--model.cache_dir=disk", cwd=folder, mount=mount)
-    said = [line.strip() for line in done.output.splitlines() if "training goes on without it" in line]
+    said = [line.strip() for line in done.output.splitlines() if "training continues without it" in line]
     trained = bool(list(folder.glob("results/**/model.ckpt")))
     verdict = RIGHT if said and trained else DEFECT
     return {"sees": (said or ["nothing"])[-1], "lost": f"the cache; trained: {trained}", "verdict": verdict}

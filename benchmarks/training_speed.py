@@ -53,7 +53,6 @@ OTHERS = {  # PatchCore with a tenth of its usual coreset, which would take hour
 }
 BACKBONES = {"resnet18": "resnet18.tv_in1k", "lite0": "tf_efficientnet_lite0.in1k"}
 ROUNDS = 3
-TRANSFORMS = "torchvision.transforms.v2"
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
 
 
@@ -199,8 +198,8 @@ def train(run: Row, teacher: Path, folder: Path) -> Row:
 def resize(size: int) -> dict[str, Any]:
     """Anomalib's pre-processor at another size."""
     names = {"Resize": {"size": [size, size]}, "Normalize": {"mean": MEAN, "std": DEVIATION}}
-    transforms = [{"class_path": f"{TRANSFORMS}.{name}", "init_args": arguments} for name, arguments in names.items()]
-    compose = {"class_path": f"{TRANSFORMS}.Compose", "init_args": {"transforms": transforms}}
+    made = [{"class_path": f"torchvision.transforms.v2.{name}", "init_args": one} for name, one in names.items()]
+    compose = {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": made}}
     return {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": compose}}
 
 
