@@ -1,5 +1,8 @@
 """Scoring over a Ray cluster of two nodes on this machine."""
 
+import importlib.util
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,20 +12,30 @@ from conftest import rows, run
 
 from stpm_plugin.commands.entry import main as stpm
 
-pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="the extra `cluster` is not installed")
+
+CLUSTER = """
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+for _ in range(2):
+    cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+cluster.wait_for_nodes()
+print("address", cluster.address, flush=True)
+input()
+cluster.shutdown()
+"""
 
 
 @pytest.fixture(scope="module")
 def address():
-    """Address of a head without processors and two nodes with one each."""
-    from ray.cluster_utils import Cluster
+    """Address of a head without processors and two nodes with one each.
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
-    cluster.wait_for_nodes()
-    yield cluster.address
-    cluster.shutdown()
+    They are started by a process of their own: where Ray is imported, children that later tests fork can crash.
+    """
+    command = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield next(line.split()[1] for line in process.stdout if line.startswith("address "))
+        process.communicate("\n", timeout=120)
 
 
 def kill_a_worker(killed: list[int], table) -> None:
