@@ -255,6 +255,30 @@ def test_an_export_is_quiet_and_knows_the_images_that_trained(trained_run, place
         assert {Path(path).name for path in data.train_data.samples.image_path} >= {Path(n).name for n in record.names}
 
 
+def test_an_export_says_that_its_thresholds_are_others(trained_run, tmp_path, monkeypatch, capfd):
+    from stpm_plugin import STPM
+    from stpm_plugin.deployment import int8
+
+    monkeypatch.setattr(STPM, "to_openvino", lambda self, *_, **__: set_again(self.post_processor))
+
+    def set_again(post_processor) -> Path:
+        """As an INT8 export does that finds held-out images, and no validation set."""
+        post_processor.basis = int8.VALIDATION
+        monkeypatch.setattr(int8, "calibrate", lambda post_processor, *_: setattr(post_processor, "basis", "others"))
+        monkeypatch.setattr(int8.ov, "compile_model", lambda *_: None)
+        int8.set_thresholds(post_processor, None, None, [], [])
+        (tmp_path / "model.bin").touch()
+        (tmp_path / "model.xml").touch()
+        return tmp_path / "model.xml"
+
+    monkeypatch.chdir(tmp_path)
+    assert stpm(["export", str(trained_run[0]), "--int8", "--out", "out"]) == 0
+    words = (
+        "warning: the float model's thresholds come from the validation set, INT8's from the others, so labels differ."
+    )
+    assert words in capfd.readouterr().err
+
+
 def test_the_doctor_says_what_is_missing_and_what_would_help(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**28))
     assert stpm(["doctor", "--results", str(tmp_path / "runs")]) == 1

@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # other libraries', of their own parts
+        warnings.filterwarnings("always", "STPM: ")
     try:
         return parse(given).run()
     except KeyboardInterrupt:

@@ -244,7 +244,9 @@ def set_thresholds(
         return
     if post_processor.basis != before:
         rank_zero_warn(
-            f"STPM: the float model's thresholds come from the {before}, INT8's from the {post_processor.basis}."
+            f"STPM: the float model's thresholds come from the {before}, INT8's from the {post_processor.basis}, so "
+            "labels differ. To keep them, name the data that trained the model, validation set included: leave out "
+            "--good of `stpm export`, or give --data to `anomalib export`."
         )
     if post_processor.basis == VALIDATION and len(scores) > 1 and not threshold.isnan():
         post_processor.set_image_threshold(same_labels(torch.cat(float_scores), threshold, torch.cat(scores)))
