@@ -40,6 +40,7 @@ RECIPES: dict[str, Row] = {
     "STPM": {},
     "STPM, lite0": LITE0,
     "STPM, paper": PAPER,
+    "STPM, lite0, paper": PAPER | LITE0 | {"layers": None},
 }
 PASSES = {"anomalib PaDiM": 1, "anomalib PatchCore": 1, "anomalib Stfpm, 20 of 100 passes": 20}
 PLAIN = {"evaluator": False, "visualizer": False}
