@@ -20,6 +20,8 @@ from stpm_plugin.training.threads import free_processors
         (3.01, 16, 15),
         (0.02, 4, 1),  # a container's quota of a tenth
         (0.41, 2, 2),  # no clock is exact
+        (0.3, 2, 1),  # one spun while it waited for the other, which shared its processor
+        (3.1, 16, 15),
     ],
 )
 def test_free_processors_by_hand(used, threads, free):
@@ -27,10 +29,14 @@ def test_free_processors_by_hand(used, threads, free):
 
 
 class Threads(Callback):
-    """Notes the threads of each step."""
+    """Notes the threads that read the images, and those of each step."""
 
     def __init__(self) -> None:
         self.seen: set[int] = set()
+
+    def on_fit_start(self, *args) -> None:
+        del args
+        self.seen.add(torch.get_num_threads())
 
     def on_train_batch_end(self, *args) -> None:
         del args

@@ -1,12 +1,13 @@
 """As many threads as there are processors free for them.
 
 Threads that share a processor wait for each other in every convolution, and oneDNN's and libgomp's spin while they
-wait: on two cores, next to one busy process, a fit takes 2.7 times as long. With one thread for each free processor it
-takes 1.8 times as long (`docs/speed.md`).
+wait: on two cores, next to one busy process, a fit takes 2.7 times as long, and in bfloat16 still longer. With one
+thread for each free processor it takes 1.6 to 1.8 times as long (`docs/speed.md`).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import Any
@@ -20,23 +21,27 @@ PROBE = 0.2  # seconds: some time slices of the system's scheduler, and of a con
 EVERY = 20.0  # seconds from probe to probe: they take 1 % of the time
 VALUES = 2**17  # of each thread in the probe: a sine of them takes it a part of a millisecond
 SLACK = 1.02  # threads wait, without spinning, up to a fiftieth of the probe's time
+NOISE = 0.1  # of a processor: beside a busy process, a thread that spins while it waits misses a third to a half of one
 
 
 class FreeProcessors(Callback):
     """Trains on as many threads as other work leaves processors for, and restores their number at the end.
 
-    It measures at the start and every 20 seconds. It does nothing on a GPU, or if ``OMP_NUM_THREADS`` is set.
+    It measures before the images are read and every 20 seconds of training. It does nothing on a GPU, or if
+    ``OMP_NUM_THREADS`` is set.
     """
 
     def __init__(self) -> None:
         self.most = 0  # threads before training; 0 while nothing is to be done
         self.next_probe = 0.0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the threads that there are."""
-        del trainer
-        fixed = pl_module.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
-        self.most, self.next_probe = 0 if fixed else torch.get_num_threads(), 0.0
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Measure before the images and the teacher's features are read."""
+        del pl_module
+        if stage == "fit":
+            fixed = trainer.strategy.root_device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
+            self.most, self.next_probe = 0 if fixed else torch.get_num_threads(), 0.0
+            self.on_train_batch_start()
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Measure, if it is time to."""
@@ -54,16 +59,20 @@ class FreeProcessors(Callback):
                     else f"STPM: training on all {free} threads again."
                 )
 
-    def on_train_end(self, *args: Any) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the threads back."""
-        del args
-        if self.most:
-            torch.set_num_threads(self.most)
-            self.most = 0
+        del trainer, pl_module, stage
+        self._give_back()
 
     def on_exception(self, *args: Any) -> None:
         """Give the threads back."""
-        self.on_train_end(*args)
+        del args
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self.most:
+            torch.set_num_threads(self.most)
+            self.most = 0
 
 
 def probe() -> tuple[float, float]:
@@ -86,4 +95,4 @@ def free_processors(used: float, passed: float, threads: int) -> int:
     Returns:
         Threads, from 1 to ``threads``.
     """
-    return max(1, min(threads, round(SLACK * used / passed)))
+    return max(1, min(threads, math.floor(SLACK * used / passed + NOISE)))
