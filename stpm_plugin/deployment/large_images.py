@@ -32,12 +32,12 @@ class Raw(NamedTuple):
 
 
 class LargeImages:
-    """A model that is run on windows of an image, as many at a time as the device is best at.
+    """A model that is run on windows of an image, while the results of the window before are collected.
 
     Args:
         network: An exported graph that takes images of any size, and names its levels' distances.
         seen: How far its levels see.
-        compile_for: Compiles a graph for the device.
+        compile_for: Compiles a graph for the device, best for one request at a time.
     """
 
     def __init__(
@@ -55,8 +55,7 @@ class LargeImages:
     @functools.cached_property
     def _requests(self) -> list[ov.InferRequest]:
         compiled = self._compile(self._network)
-        count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-        return [compiled.create_infer_request() for _ in range(count)]
+        return [compiled.create_infer_request() for _ in range(2)]
 
     def score(self, pixels: np.ndarray, verdict: Verdict) -> Raw:
         """Score an image (3, H, W), RGB, uint8; its score is made as ``verdict`` says."""

@@ -19,7 +19,7 @@ from .images import read_images
 from .large_images import LargeImages, as_input
 from .regions import Region, regions, shrunk
 from .resize import resize
-from .settings import Hint, Precision, check, in_words
+from .settings import Hint, Precision, check, for_device, in_words
 from .verdict import RAW_MAP, RAW_SCORE, Scale, changed, read_verdict
 
 AS_EXPORTED = Scale(0.5)  # outputs of a model that describes no verdict: 0.5 is the threshold
@@ -127,11 +127,11 @@ class Scorer:
             network = ov.Model([tensor_of(network, name) for name in (RAW_SCORE, RAW_MAP)], network.get_parameters())
         if self.size is not None:  # a graph of one size is compiled once, and takes images of all sizes in one batch
             network.reshape([1 if batch == 1 else -1, 3, *self.size])
-        options: dict[str, Any] = {"PERFORMANCE_HINT": hint.upper(), "INFERENCE_PRECISION_HINT": precision}
-        options |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
-        compile_for = functools.partial(compiled, core, device=device, options=options)
+        options = for_device(hint, precision, threads)
+        one_window = options | {"PERFORMANCE_HINT": "LATENCY"}  # at a time, since each takes much memory
+        compile_for = functools.partial(compiled, core, device=device, options=one_window)
         self.large = LargeImages(network, seen, compile_for) if seen and self.only is None else None
-        self.compiled = compile_for(network)
+        self.compiled = compiled(core, network, device, options)
         self.requests = self.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
 
     def score(

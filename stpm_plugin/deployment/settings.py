@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..errors import STPMError
 
@@ -47,3 +47,9 @@ def options_in(words: str) -> dict[str, float]:
     """The threshold or the sensitivity in words that :func:`in_words` gave."""
     pairs = (part.split(" ") for part in words.split(", ")[1:])
     return {name: float(value) for name, value in pairs if name in ("threshold", "sensitivity")}
+
+
+def for_device(hint: Hint, precision: Precision, threads: int | None) -> dict[str, Any]:
+    """The options of OpenVINO's ``compile_model``."""
+    number = {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    return {"PERFORMANCE_HINT": hint.upper(), "INFERENCE_PRECISION_HINT": precision, **number}
