@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from anomalib.data import PredictDataset
+from anomalib.data import ImageBatch, PredictDataset
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from conftest import fit, loaded
@@ -14,11 +14,12 @@ from PIL import Image
 from timm.layers import Conv2dSame
 
 from stpm_plugin import STPMModel, STPMPostProcessor
-from stpm_plugin.deployment.int8 import outside_the_backbones, same_labels
+from stpm_plugin.deployment.int8 import outside_the_backbones, same_labels, scored, with_thresholds
 from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.errors import STPMError
 from stpm_plugin.false_alarms import limit
 from stpm_plugin.model.tracing import padded_alike, traceable
+from stpm_plugin.training.thresholds import calibrate
 
 SIZES = [(64, 64), (101, 77), (200, 131)]
 
@@ -183,6 +184,56 @@ def test_the_threshold_of_a_rounded_model_repeats_the_float_labels():
     assert 0.79 < same_labels(exact, torch.tensor(0.5), rounded) < 1.05  # none is anomalous: twice the threshold
     swapped = torch.tensor([0.21, 0.63, 0.62, 0.79])  # one label must differ, at 0.25 x 2.067 as at 0.71
     torch.testing.assert_close(same_labels(exact, torch.tensor(0.25), swapped), torch.tensor(0.25 * 0.62 / 0.3))
+
+
+def brightness(factor: float):
+    """A graph whose image score and anomaly map are an image's brightness times a factor."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    image = ops.parameter([1, 3, -1, -1], np.float32)
+    anomaly_map = ops.multiply(ops.reduce_mean(image, np.array([1]), keep_dims=True), np.float32(factor))
+    score = ops.reduce_mean(anomaly_map, np.array([1, 2, 3]))
+    score.output(0).set_names({"pred_score"})
+    anomaly_map.output(0).set_names({"anomaly_map"})
+    return ov.Model([score, anomaly_map], [image])
+
+
+def plain_images(values: list[float], anomalous_above: float = 1.0) -> list[ImageBatch]:
+    return [
+        ImageBatch(image=torch.full((1, 3, 4, 4), value), gt_label=torch.tensor([value > anomalous_above]))
+        for value in values
+    ]
+
+
+HELD, VALIDATED = [0.1, 0.2, 0.3], [0.2, 0.25, 0.6, 0.7]  # brightness of good images, and of two good and two bad ones
+
+
+@pytest.mark.parametrize(
+    ("basis", "validation", "threshold"),
+    [
+        ("validation set", [], 0.425),  # kept: half-way from 0.25 to 0.6
+        ("validation set", VALIDATED[:2], 0.425),
+        ("validation set", VALIDATED, 0.425 * 1.1),  # as many labels are equal; the nearest to the scores' ratio
+        ("held-out good images", VALIDATED, limit(1.1 * np.array(HELD), 0.995).value),
+    ],
+)
+def test_int8_keeps_the_basis_of_the_thresholds(basis, validation, threshold):
+    import openvino as ov
+
+    post_processor = STPMPostProcessor()
+    held_out = torch.tensor(HELD), torch.tensor(HELD)
+    plain = scored(ov.compile_model(brightness(1.0), "CPU"), plain_images(VALIDATED, 0.5))
+    calibrate(post_processor, held_out, plain if basis == "validation set" else ())
+    assert post_processor.basis == basis
+    before = float(post_processor.image_threshold)
+    made = with_thresholds(
+        post_processor, brightness(1.1), brightness(1.0), plain_images(HELD), plain_images(validation, 0.5)
+    )
+    assert made.basis == basis
+    assert float(made.image_threshold) == pytest.approx(threshold, rel=1e-4)
+    assert made.held_out_scores == pytest.approx([1.1 * value for value in HELD])
+    assert (post_processor.basis, float(post_processor.image_threshold)) == (basis, before)  # a copy was changed
 
 
 def test_int8_needs_normal_images_and_says_so(trained, tmp_path):

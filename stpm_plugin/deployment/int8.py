@@ -17,7 +17,7 @@ import openvino as ov
 import torch
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.post_processing import PostProcessor
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
@@ -27,7 +27,7 @@ from torchvision.tv_tensors import Mask
 from ..errors import STPMError
 from ..training.data import check_normal, images_of, read
 from ..training.data_record import DataRecord, identify, paths_of
-from ..training.thresholds import VALIDATION, STPMPostProcessor, calibrate, of_held_out
+from ..training.thresholds import HELD_OUT, VALIDATION, STPMPostProcessor, calibrate, of_held_out
 
 CALIBRATION_IMAGES = 300  # NNCF's own default
 CONVOLUTIONS = {"Convolution", "GroupConvolution"}
@@ -70,10 +70,9 @@ def round_model(
     exact = core.read_model(source)
     model = quantize(exact, images, held, max_drop)
     if post_processor is not None:
-        post_processor = copy.deepcopy(post_processor)
         validation = datamodule.val_dataloader() if hasattr(datamodule, "val_data") else []
         batches = (fitted(read(loader, held_out, 1), size), fitted(validation, size))
-        set_thresholds(post_processor, model, exact, *batches)
+        post_processor = with_thresholds(post_processor, model, exact, *batches)
     return model, post_processor
 
 
@@ -210,25 +209,27 @@ def outside_the_backbones(model: ov.Model) -> list[str]:
     return [name for name in reduction if reduction[name] <= finest or name not in feeding | convolutions]
 
 
-def set_thresholds(
+def with_thresholds(
     post_processor: PostProcessor,
     model: ov.Model,
     exact: ov.Model,
     held_out: Iterable[Batch],
     validation: Iterable[Batch],
-) -> None:
-    """Set a post-processor's thresholds and normalisation again, from a rounded model's scores.
+) -> PostProcessor:
+    """A copy of a post-processor with thresholds and normalisation for a rounded model.
 
-    The rule stays. An image threshold from the validation set becomes the one that repeats the float model's labels.
+    They stay on their basis. Held-out images set them again. An image threshold from the validation set becomes the
+    one that repeats the float model's labels; if the data have no validation set with defects, the float model's
+    thresholds stay, whose scores INT8's are near (`docs/int8.md`).
 
     Args:
-        post_processor: The float model's; it is changed.
+        post_processor: The float model's.
         model: From images to raw scores and maps, rounded.
         exact: The float model.
         held_out: Batches of good images (B, 3, H, W) in [0, 1] that did not train the model.
         validation: Batches of the validation set, likewise, with labels, and masks where there are any.
     """
-    threshold, before = post_processor.image_threshold.clone(), getattr(post_processor, "basis", VALIDATION)
+    made, basis = copy.deepcopy(post_processor), getattr(post_processor, "basis", VALIDATION)
     rounded, reference = (ov.compile_model(one, "CPU", FLOAT32) for one in (model, exact))
     scores, float_scores = [torch.empty(0)], [torch.empty(0)]
 
@@ -239,17 +240,18 @@ def set_thresholds(
                 scores.append(cast("Tensor", made.pred_score))
                 yield made
 
-    calibrate(post_processor, of_held_out(scored(rounded, held_out)), compared())
-    if not isinstance(post_processor, STPMPostProcessor):
-        return
-    if post_processor.basis != before:
-        rank_zero_warn(
-            f"STPM: the float model's thresholds come from the {before}, INT8's from the {post_processor.basis}, so "
-            "labels differ. To keep them, name the data that trained the model, validation set included: leave out "
-            "--good of `stpm export`, or give --data to `anomalib export`."
-        )
-    if post_processor.basis == VALIDATION and len(scores) > 1 and not threshold.isnan():
-        post_processor.set_image_threshold(same_labels(torch.cat(float_scores), threshold, torch.cat(scores)))
+    calibrate(made, of_held_out(scored(rounded, held_out)), () if basis == HELD_OUT else compared())
+    if not isinstance(made, STPMPostProcessor):
+        return made
+    if basis == VALIDATION and made.basis != VALIDATION:
+        rank_zero_info("STPM: the data have no validation set with defects: INT8 keeps the float model's thresholds.")
+        kept = copy.deepcopy(cast("STPMPostProcessor", post_processor))
+        kept.held_out_scores, kept.held_out_maxima = made.held_out_scores, made.held_out_maxima
+        return kept
+    threshold = post_processor.image_threshold
+    if made.basis == VALIDATION and len(scores) > 1 and not threshold.isnan():
+        made.set_image_threshold(same_labels(torch.cat(float_scores), threshold, torch.cat(scores)))
+    return made
 
 
 def scored(model: ov.CompiledModel, batches: Iterable[Batch]) -> Iterator[Batch]:
