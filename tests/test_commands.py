@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import logging
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +28,7 @@ from stpm_plugin.commands import entry
 from stpm_plugin.commands.config import packaged
 from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.commands.export import datamodule_of
+from stpm_plugin.commands.running import anomalib, logged
 from stpm_plugin.commands.terminal import Progress, in_words
 from stpm_plugin.commands.train import good_images, named_after, settings_of_test
 from stpm_plugin.errors import STPMError
@@ -255,28 +258,21 @@ def test_an_export_is_quiet_and_knows_the_images_that_trained(trained_run, place
         assert {Path(path).name for path in data.train_data.samples.image_path} >= {Path(n).name for n in record.names}
 
 
-def test_an_export_says_that_its_thresholds_are_others(trained_run, tmp_path, monkeypatch, capfd):
-    from stpm_plugin import STPM
-    from stpm_plugin.deployment import int8
+def test_the_packages_warnings_reach_the_terminal(tmp_path, monkeypatch, capfd):
+    class Warns:
+        def __init__(self, arguments) -> None:
+            warnings.warn("STPM: the disk is full.", stacklevel=1)
+            warnings.warn(f"another library's, of {arguments}", stacklevel=1)
 
-    monkeypatch.setattr(STPM, "to_openvino", lambda self, *_, **__: set_again(self.post_processor))
-
-    def set_again(post_processor) -> Path:
-        """As an INT8 export does that finds held-out images, and no validation set."""
-        post_processor.basis = int8.VALIDATION
-        monkeypatch.setattr(int8, "calibrate", lambda post_processor, *_: setattr(post_processor, "basis", "others"))
-        monkeypatch.setattr(int8.ov, "compile_model", lambda *_: None)
-        int8.set_thresholds(post_processor, None, None, [], [])
-        (tmp_path / "model.bin").touch()
-        (tmp_path / "model.xml").touch()
-        return tmp_path / "model.xml"
-
-    monkeypatch.chdir(tmp_path)
-    assert stpm(["export", str(trained_run[0]), "--int8", "--out", "out"]) == 0
-    words = (
-        "warning: the float model's thresholds come from the validation set, INT8's from the others, so labels differ."
-    )
-    assert words in capfd.readouterr().err
+    monkeypatch.setattr("anomalib.cli.cli.AnomalibCLI", Warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logged(tmp_path / "the.log", "it", lambda terminal: anomalib(["fit"], terminal))
+    logging.captureWarnings(False)
+    assert capfd.readouterr().err.splitlines() == [
+        "starting anomalib, which takes some seconds ...",
+        "warning: the disk is full.",
+    ]
 
 
 def test_the_doctor_says_what_is_missing_and_what_would_help(tmp_path, monkeypatch, capsys):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +11,7 @@ import yaml
 from ..deployment.images import images_below
 from ..errors import STPMError
 from .running import logged
-from .terminal import Quiet
+from .terminal import Quiet, with_warnings
 
 if TYPE_CHECKING:
     from anomalib.data import AnomalibDataModule
@@ -74,7 +71,7 @@ class Export:
             if images is not None:
                 terminal.say("quantising with the good images that trained the model, for a minute or more ...")
                 options["datamodule"] = datamodule_of(images)
-            with said(terminal):
+            with with_warnings(terminal):
                 return load(str(checkpoint)).to_openvino(root, input_size=self.input_size, **options)
 
         made = logged(root / "export.log", "the export", work)
@@ -97,21 +94,6 @@ class Export:
             msg = f"{self.source} does not say which good images trained it: name their folder with --good."
             raise STPMError(msg)
         return yaml.safe_load(saved.read_text(encoding="utf-8"))["data"]
-
-
-@contextlib.contextmanager
-def said(terminal: Quiet) -> Iterator[None]:
-    """Print this package's warnings to the terminal, besides to the log."""
-    with warnings.catch_warnings():
-        plain = warnings.showwarning
-
-        def show(message: Warning | str, *where: Any, **more: Any) -> None:
-            plain(message, *where, **more)
-            if str(message).startswith("STPM: "):
-                terminal.say(str(message).replace("STPM", "warning", 1))
-
-        warnings.showwarning = show
-        yield
 
 
 def checkpoint_of(source: Path) -> Path:

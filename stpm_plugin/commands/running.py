@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import STPMError
-from .terminal import Quiet, quiet
+from .terminal import Quiet, quiet, with_warnings
 
 if TYPE_CHECKING:
     from anomalib.cli.cli import AnomalibCLI
@@ -64,7 +64,8 @@ def anomalib(arguments: Sequence[str], terminal: Quiet) -> AnomalibCLI:
             super().instantiate_engine()
 
     configure_logger()
-    return CommandLine(arguments)
+    with with_warnings(terminal):
+        return CommandLine(arguments)
 
 
 def _last_error(log: Path) -> str:

@@ -7,9 +7,10 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 OFTEN, SELDOM = 0.5, 30.0  # seconds between two states of a line that is rewritten, and between two lines of a file
 
@@ -106,3 +107,21 @@ def quiet(log: Path) -> Iterator[Quiet]:
             for number, old in zip((1, 2), kept, strict=True):
                 os.dup2(old, number)
                 os.close(old)
+
+
+@contextlib.contextmanager
+def with_warnings(terminal: Quiet) -> Iterator[None]:
+    """Print this package's warnings to the terminal, besides to the log.
+
+    To be entered after anomalib's ``configure_logger``, which sends all warnings to the log alone.
+    """
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message: Warning | str, *where: Any, **more: Any) -> None:
+            plain(message, *where, **more)
+            if str(message).startswith("STPM: "):
+                terminal.say(str(message).replace("STPM", "warning", 1))
+
+        warnings.showwarning = show
+        yield
