@@ -8,12 +8,9 @@
 
 `light`: DIR is MVTec AD's folder, FILE weights of torchvision's ResNet-18. WORK keeps the trained and exported models:
 what is there is not trained again; `--passes 1` is enough for times. `files` and `start-up` compare `stpm score` with
-anomalib's OpenVINOInferencer in a loop, in turns, each in a process of its own; images are test images of a folder in
-MVTec AD's layout. Models for images at their own size (`stpm train --recipe native`) are timed in the same way;
-`--results` keeps their rows apart.
-
-Rows are kept in `results/inference_speed.json` and `results/scoring.json`, with those of measurements that were made
-once. Images a second: OpenVINO's `benchmark_app -m MODEL.xml -hint throughput`.
+anomalib's OpenVINOInferencer in a loop, in turns, each in a process of its own. Models for images at their own size
+(`stpm train --recipe native`) are timed in the same way; `--results` keeps their rows apart. Rows are kept in
+`results/inference_speed.json` and `results/scoring.json`, with those of measurements that were made once.
 """
 
 from __future__ import annotations
@@ -42,7 +39,7 @@ from benchmarks.training_speed import BACKBONES, rival, use_hub
 from stpm_plugin import STPM
 from stpm_plugin.decoding import decode
 from stpm_plugin.deployment.images import images_below
-from stpm_plugin.deployment.scorer import Scorer
+from stpm_plugin.deployment.scorer import Precision, Scorer
 
 SIZE = (256, 256)
 ROUNDS, TIMED = 5, 40  # calls of a variant in a round, after a fifth as many untimed
@@ -83,6 +80,7 @@ def main() -> None:
     options.add_argument("--passes", type=int, help="of STPM; by default those of its recipe")
     options.add_argument("--model", type=Path, help="exported model")
     options.add_argument("--images", type=Path, help="folder in MVTec AD's layout")
+    options.add_argument("--precision", choices=["f32", "bf16"], default="f32", help="of what is not INT8")
     args = options.parse_args()
     networks, scores = args.results / "inference_speed.json", args.results / "scoring.json"
     where = {"openvino": ov.__version__.split("-")[0], "opencv": cv2.__version__}
@@ -90,7 +88,8 @@ def main() -> None:
     if args.part == "light":
         keep(networks, "light", light(args) | where)
     elif args.part == "accuracy":
-        keep(networks, f"accuracy, {args.images.name}, {args.model.stem}", accuracy(args.model, args.images) | where)
+        key = f"accuracy, {args.images.name}, {args.model.stem}, {args.precision}"
+        keep(networks, key, accuracy(args.model, args.images, args.precision) | where)
     elif args.part != "table":
         originals = images_below(args.images.resolve() / "test")
         measured = (files if args.part == "files" else start_up)(str(args.model.resolve()), originals)
@@ -155,13 +154,13 @@ def exported(args: argparse.Namespace, data: MVTecAD) -> dict[str, tuple[Path, s
     return ways | ({f"{name}, bfloat16": (file, "bf16") for name, (file, _) in ways.items()} if there else {})
 
 
-def accuracy(model: Path, category: Path) -> Row:
-    """Metrics of an export's verdicts on a category's test images, in float32; masks take the maps' size."""
+def accuracy(model: Path, category: Path, precision: Precision) -> Row:
+    """Metrics of an export's verdicts on a category's test images; masks take the maps' size."""
     data = MVTecAD(root=category.resolve().parent, category=category.name, num_workers=0)
     data.setup()
     fields = [["pred_score", "gt_label"], *[["anomaly_map", "gt_mask"]] * 2]
     metrics = [metric(fields=one) for metric, one in zip((AUROC, AUROC, AUPRO), fields, strict=True)]
-    scorer = Scorer(model)
+    scorer = Scorer(model, precision=precision)
     for item in track(data.test_data, model.stem):
         (made,) = scorer.score([item.image_path], maps=True)
         seen = torch.from_numpy(made.anomaly_map)[None]
