@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from anomalib.data import Folder
 from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from conftest import TEACHER, TINY, command, fit
@@ -358,6 +359,17 @@ def test_a_mask_that_cannot_serve_is_refused(name, demo, tmp_path):
     with pytest.raises(STPMError, match=REFUSED[name]) as said:
         fit(demo, tmp_path, 1, ignore=str(mask), **more)
     assert len(str(said.value).splitlines()) == 1
+
+
+def test_a_mask_is_refused_if_any_image_has_another_size(demo_root, tmp_path):
+    shutil.copytree(next(demo_root.glob("plate-*/train/good")), tmp_path / "good")
+    last = sorted((tmp_path / "good").iterdir())[-1]
+    Image.open(last).resize((SIDE, SIDE - 8)).save(last)
+    mask = painted(tmp_path / "mask.png", LEFT)
+    options = {"test_split_mode": "none", "val_split_mode": "none", "num_workers": 0}
+    data = Folder("uneven", root=tmp_path, normal_dir="good", **options)
+    with pytest.raises(STPMError, match=rf"{last.name} has 248 x 256 pixels and the mask .* has 256 x 256"):
+        fit(data, tmp_path, 1, ignore=str(mask))
 
 
 def test_a_coloured_mask_is_white_where_all_its_channels_are(demo, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +48,13 @@ def read_mask(module: STPM, source: Any) -> Ignored | None:
         msg = f"the mask {path} is black everywhere, so it ignores nothing: paint white what to ignore."
         raise STPMError(msg)
     dataset = source.train_dataloader().dataset
-    own, name = size_of_first(dataset)
-    if own != tuple(mask.shape):
-        msg = (
-            f"training image {name} has {own[0]} x {own[1]} pixels and the mask {path} has {mask.shape[0]} x "
-            f"{mask.shape[1]}: they must be equal."
-        )
-        raise STPMError(msg)
+    for own, name in sizes(dataset):
+        if own != tuple(mask.shape):
+            msg = (
+                f"training image {name} has {own[0]} x {own[1]} pixels and the mask {path} has {mask.shape[0]} x "
+                f"{mask.shape[1]}: they must be equal."
+            )
+            raise STPMError(msg)
     collate = getattr(source, "external_collate_fn", None)
     odd = [*parts_besides(module.transform, (*PIXEL_BY_PIXEL, Resize)), *([] if collate is None else [collate])]
     if odd:
@@ -71,22 +71,25 @@ def read_mask(module: STPM, source: Any) -> Ignored | None:
     return ignored.to(module.device)
 
 
-def size_of_first(dataset: Any) -> tuple[tuple[int, int], str]:
-    """Height and width of a data set's first image, as its file has it, and its name.
+def sizes(dataset: Any) -> Iterator[tuple[tuple[int, int], str]]:
+    """Yield height and width of a data set's images, as their files have them, and their names.
+
+    Of a data set without files, only the first image's.
 
     Raises:
-        STPMError: The file cannot be read.
+        STPMError: A file cannot be read.
     """
     paths = paths_of(dataset)
     if not paths:
         height, width = dataset[0].image.shape[-2:]
-        return (height, width), "number 0"
-    try:
-        with Image.open(paths[0]) as image:
-            return (image.height, image.width), str(paths[0])
-    except OSError as error:
-        msg = f"training image {paths[0]} cannot be read ({error}): repair it or take it out of the folder."
-        raise STPMError(msg) from None
+        yield (height, width), "number 0"
+    for path in paths:
+        try:
+            with Image.open(path) as image:  # reads no more than the file's header
+                yield (image.height, image.width), str(path)
+        except OSError as error:
+            msg = f"training image {path} cannot be read ({error}): repair it or take it out of the folder."
+            raise STPMError(msg) from None
 
 
 def describe_mask(ignored: Ignored | None) -> dict[str, Any] | None:
