@@ -236,9 +236,9 @@ def with_thresholds(
     def compared() -> Iterator[Batch]:
         for batch in validation:
             float_scores.append(torch.from_numpy(reference(images_of(batch).numpy())["pred_score"].copy()).reshape(-1))
-            for made in scored(rounded, [batch]):
-                scores.append(cast("Tensor", made.pred_score))
-                yield made
+            for judged in scored(rounded, [batch]):
+                scores.append(cast("Tensor", judged.pred_score))
+                yield judged
 
     calibrate(made, of_held_out(scored(rounded, held_out)), () if basis == HELD_OUT else compared())
     if not isinstance(made, STPMPostProcessor):
