@@ -14,6 +14,7 @@ import torch
 from anomalib.data import Folder, PredictDataset
 from anomalib.engine import Engine
 from conftest import checkpoint_in, command, exported_in, fit, loaded
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from PIL import Image
 
 from benchmarks.large_images import settings_of
@@ -25,8 +26,10 @@ from stpm_plugin.model import network
 from stpm_plugin.model.matching import anomaly_map, distances, loss_of
 from stpm_plugin.model.reach import reaches, stitched
 from stpm_plugin.model.windows import Reach, Span, Window, cut, drawn, over
+from stpm_plugin.training import crops
 from stpm_plugin.training.crops import draw_window, unspoilt
 from stpm_plugin.training.feature_cache import ImageCache
+from stpm_plugin.training.worst_windows import around_peaks
 
 BACKBONES = ["resnet18", "tf_efficientnet_lite0"]  # symmetric padding, and TensorFlow's, which depends on the size
 SIZES = [(400, 320), (413, 497)]
@@ -246,6 +249,59 @@ def test_a_resumed_run_draws_the_crops_of_an_uninterrupted_one(own_size, tmp_pat
     _, resumed = fit(data(), tmp_path, 2, ckpt_path=engine.best_model_path, visualizer=False, **OWN_SIZE)
     for name, value in trained.model.student.state_dict().items():
         assert torch.equal(value, resumed.model.student.state_dict()[name]), name
+
+
+def test_worst_windows_hold_the_highest_peaks():
+    """By hand: three peaks of a map, the highest first; a fourth is within a quarter of a crop of the second."""
+    module = STPM(backbone="resnet18", **OWN_SIZE)
+    reach = module.model.reaches[-1]
+    one = torch.zeros(320, 400)
+    one[37, 391], one[200, 200], one[205, 203], one[300, 8] = 3, 2, 1.9, 1
+    windows = around_peaks(one, 3, module, torch.Generator().manual_seed(0))
+    for window, (row, column) in zip(windows, [(37, 391), (200, 200), (300, 8)], strict=True):
+        rows, columns = window.within(reach)
+        assert rows.start <= row // reach.stride < rows.stop
+        assert columns.start <= column // reach.stride < columns.stop
+    assert one[37, 391] == 3  # the map stays the caller's
+
+
+class Windows(Callback):
+    """Notes each step's windows, by epoch."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.setdefault(trainer.current_epoch, []).extend(batch.windows)
+
+
+def test_every_second_window_of_a_later_epoch_is_where_the_student_does_worst(own_size, tmp_path, monkeypatch):
+    """And a run that was stopped in the middle of such an epoch ends with the student of an uninterrupted one."""
+    trained, _, data, _ = own_size
+    found, plain = [], crops.worst_windows
+
+    def noted(*arguments):
+        found.append(plain(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(crops, "worst_windows", noted)
+    windows = Windows()
+    steps = ModelCheckpoint(dirpath=tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    _, model = fit(
+        data(), tmp_path, 2, trainer={"callbacks": [windows, steps]}, visualizer=False, **OWN_SIZE
+    )  # fmt: skip
+    (worst,) = found
+    count = len(windows.seen[0])
+    assert len(windows.seen[1]) == count > 3
+    assert windows.seen[1][1::2] == [window for _, window in worst]
+    assert not set(windows.seen[0]) & {window for _, window in worst}
+    _, resumed = fit(
+        data(), tmp_path, 2, ckpt_path=tmp_path / "all" / f"step={count + 2}.ckpt", visualizer=False, **OWN_SIZE
+    )
+    assert len(found) == 1  # not tried again, by a student of the middle of the epoch
+    for name, value in model.model.student.state_dict().items():
+        assert torch.equal(value, resumed.model.student.state_dict()[name]), name
+        assert torch.equal(value, trained.model.student.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.data import ImageBatch
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..errors import STPMError
 from ..model.network import BYTES_A_PIXEL, STPMModel
-from ..model.windows import LARGEST, Reach, Window, drawn
+from ..model.windows import LARGEST, Reach, Span, Window, drawn
 from .data import PIXEL_BY_PIXEL, TrainingBatch, TrainingBatches, images_of, parts_besides, read, sizes_differ
 from .feature_cache import ImageCache, open_image_cache
 from .normal_images import Good, NormalImages, activation_bytes, reading
+from .worst_windows import worst_windows
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -50,6 +51,10 @@ class CroppedImages(NormalImages):
         if self._kept is not None:
             return (self._kept.get(number) for number in numbers)
         return self._whole([self._split.train[number] for number in numbers], 0)
+
+    def prepared(self, numbers: Sequence[int]) -> Iterator[Tensor]:
+        """Yield this process's training images (1, 3, H, W), pre-processed, by their numbers among them."""
+        return (self._prepared(image[None].float() / 255) for image in self.at(numbers))
 
     def _make_batches(self, indices: Sequence[int], seed: int) -> TrainingBatches:
         self._check()
@@ -129,7 +134,10 @@ class CroppedImages(NormalImages):
 
 
 class CropBatches(TrainingBatches):
-    """The loader that Lightning iterates: shuffled batches of windows, one of each image in an epoch.
+    """The loader that Lightning iterates: shuffled batches of windows, as many in an epoch as there are images.
+
+    In the first epoch each image gives one window, drawn at random. In later ones every second window is instead one in
+    which the student does worst, of a few images that it is tried on before the epoch.
 
     Args:
         images: Give the images themselves.
@@ -144,18 +152,44 @@ class CropBatches(TrainingBatches):
     ) -> None:
         super().__init__(loader, indices, batch_size, seed, None)
         self.images = images
+        self.worst: list[tuple[int, Window]] = []  # of this epoch: an image's number, and a window of it
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the order, and the epoch's worst windows."""
+        return super().state_dict() | {"worst": [(number, *map(list, window)) for number, window in self.worst]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a saved position, with the windows of that epoch."""
+        super().load_state_dict(state)
+        found = state.get("worst", ())
+        self.worst = [(number, Window(Span(*rows), Span(*columns))) for number, rows, columns in found]
 
     def _batches(self, order: Tensor) -> Iterator[TrainingBatch]:
-        whole = self.images.at(order.tolist())
-        for chosen in order.split(self.batch_size):
+        if not self.drawn:  # else the epoch is resumed, with its windows
+            self.worst = self._find_worst()
+        numbered = enumerate(order.tolist(), self.drawn * self.batch_size)
+        worst = dict(zip(itertools.count(1, 2), self.worst))
+        wanted = [worst.get(position, (number, None)) for position, number in numbered]
+        whole = self.images.at([number for number, _ in wanted])
+        for start in range(0, len(wanted), self.batch_size):
+            chosen = wanted[start : start + self.batch_size]
             crops, windows = [], []
-            for number, image in zip(chosen.tolist(), itertools.islice(whole, len(chosen)), strict=True):
-                window = draw_window(image.shape[-2:], self.images.module, self.seed, self.epoch, number)
+            for (number, found), image in zip(chosen, itertools.islice(whole, len(chosen)), strict=True):
+                window = found or draw_window(image.shape[-2:], self.images.module, self.seed, self.epoch, number)
                 crops.append(window.of(image).float() / 255)
                 windows.append(window)
                 if crops[-1].shape != crops[0].shape:
                     raise STPMError(sizes_differ("of a batch", image.shape, crops[0].shape))
             yield TrainingBatch(image=torch.stack(crops), windows=windows)
+
+    def _find_worst(self) -> list[tuple[int, Window]]:
+        """Try the student on images that give no window of their own in this epoch."""
+        spared = self._order()[1::2].tolist()
+        if not self.epoch or not spared:
+            return []
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        images = zip(spared, self.images.prepared(spared), strict=True)
+        return worst_windows(self.images.module, images, len(spared), generator)
 
 
 def draw_window(size: Sequence[int], module: STPM, *numbers: int) -> Window:

@@ -257,11 +257,11 @@ class TrainingBatches:
         """Take the order of this epoch."""
         self.epoch = epoch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The position in the order, as Lightning saves it."""
         return {"epoch": self.epoch, "drawn": self.drawn}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a saved position, if its epoch is drawn next."""
         self._resumed = state["epoch"], state["drawn"]
 
@@ -273,11 +273,13 @@ class TrainingBatches:
         """Yield the epoch's batches, or what is left of them."""
         (epoch, drawn), self._resumed = self._resumed, (-1, 0)
         self.drawn = drawn if epoch == self.epoch and drawn < len(self) else 0
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.indices), generator=generator)[self.drawn * self.batch_size :]
-        for batch in self._batches(order):
+        for batch in self._batches(self._order()[self.drawn * self.batch_size :]):
             self.drawn += 1
             yield batch
+
+    def _order(self) -> Tensor:
+        """Numbers of all images, in this epoch's order."""
+        return torch.randperm(len(self.indices), generator=torch.Generator().manual_seed(self.seed + self.epoch))
 
     def _batches(self, order: Tensor) -> Iterator[TrainingBatch]:
         if self.cache is None:
