@@ -66,7 +66,7 @@ def test_a_network_that_sees_the_whole_image_takes_no_windows(backbone):
 def test_a_benchmarks_size_is_the_models():
     assert settings_of("384") == {"image_size": (384, 384)}
     assert settings_of("own") == {"image_size": None, "batch_size": 1}
-    assert settings_of("own-160") == {"image_size": None, "batch_size": 1, "crop_size": 160}
+    assert settings_of("own-160") == settings_of("own") | {"crop_size": 160}
 
 
 def test_windows_leave_no_gap_and_have_one_size():
