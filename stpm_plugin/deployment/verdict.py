@@ -61,10 +61,23 @@ class Scale:
 
     @property
     def raw_limit(self) -> float:
-        """Raw values above this are anomalous."""
+        """Raw values above this are anomalous; at a sensitivity of 0.5, the threshold.
+
+        Raises:
+            STPMError: Another sensitivity needs a range of raw values, and none is known.
+        """
         if self.low is None or self.high is None:
             return self.threshold * float(self.limit) / max(1 - float(self.limit), 1e-12)
-        return self.threshold + (float(self.limit) - 0.5) * (self.high - self.low)
+        shift, value_range = float(self.limit) - 0.5, self.high - self.low
+        if shift == 0:
+            return self.threshold
+        if math.isnan(value_range) and not math.isnan(self.threshold):
+            msg = (
+                f"sensitivity={self.sensitivity} cannot move the threshold: the model was trained with "
+                "enable_normalization=False and holds no range of scores; use 0.5, or train it again."
+            )
+            raise STPMError(msg)
+        return self.threshold + shift * value_range
 
     def append(self, raw: ov.Output, normalize: bool) -> tuple[ov.Output, ov.Output]:
         """Append normalisation and comparison to a graph's raw values; returns values and labels."""
@@ -138,12 +151,14 @@ class Verdict:
         """The verdict with another sensitivity, of labels and masks alike.
 
         Raises:
-            STPMError: It is outside (0, 1).
+            STPMError: It is outside (0, 1), or not 0.5 and the model holds no range to move its thresholds by.
         """
         if not 0 < sensitivity < 1:
             msg = f"sensitivity={sensitivity} must be between 0 and 1: above 0.5 finds more, below raises fewer alarms."
             raise STPMError(msg)
         image, pixel = (dataclasses.replace(scale, sensitivity=sensitivity) for scale in (self.image, self.pixel))
+        for scale in (image, pixel):
+            _ = scale.raw_limit  # raises now, not at the first image
         return dataclasses.replace(self, image=image, pixel=pixel)
 
     def percentile(self, raw: float) -> float | None:
