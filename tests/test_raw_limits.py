@@ -17,7 +17,6 @@ from stpm_plugin.errors import STPMError
 SCORES = torch.tensor([0.1, 0.4, 0.6, 0.7])
 MAPS = SCORES.reshape(4, 1, 1, 1).expand(4, 1, 2, 2)  # each map is its image's score everywhere
 NETWORK = SimpleNamespace(score_area=0, teacher=SimpleNamespace(strides=[4]), ignored=None)
-RANGE = ("image_min", "image_max", "pixel_min", "pixel_max")
 
 
 def validated(**settings) -> STPMPostProcessor:
@@ -34,9 +33,16 @@ def validated(**settings) -> STPMPostProcessor:
 
 
 def without_range(judge: STPMPostProcessor) -> STPMPostProcessor:
-    """As a checkpoint of an earlier version holds it."""
-    for name in RANGE:
-        getattr(judge, name).fill_(torch.nan)
+    """As anomalib leaves it: it collects the range only to normalise."""
+    assert judge.image_min.isnan()
+    return judge
+
+
+def with_range(judge: STPMPostProcessor) -> STPMPostProcessor:
+    """As a checkpoint of a model that normalised holds it, of the four scores: 0.1 to 0.7."""
+    for kind in ("image", "pixel"):
+        getattr(judge, f"{kind}_min").fill_(0.1)
+        getattr(judge, f"{kind}_max").fill_(0.7)
     return judge
 
 
@@ -59,7 +65,7 @@ def by_numpy(verdict: Verdict) -> tuple[list[bool], list[bool]]:
     [(0.5, 0.5, 0.6), (0.75, 0.35, 0.45)],  # the range is 0.7 - 0.1, and a quarter of it 0.15
 )
 def test_without_normalisation_the_raw_limit_is_the_threshold_moved_by_the_sensitivity(sensitivity, image, pixel):
-    judge = validated(image_sensitivity=sensitivity, pixel_sensitivity=sensitivity)
+    judge = with_range(validated(image_sensitivity=sensitivity, pixel_sensitivity=sensitivity))
     verdict = verdict_of(judge, NETWORK)
     assert (verdict.image.raw_limit, verdict.pixel.raw_limit) == pytest.approx((image, pixel))
     assert (judge.normalized_image_threshold, judge.normalized_pixel_threshold) == pytest.approx((image, pixel))
@@ -98,3 +104,34 @@ def test_without_a_threshold_nothing_is_refused():
     judge = STPMPostProcessor(enable_normalization=False, image_sensitivity=0.75)
     assert judge.normalized_image_threshold.isnan()
     assert np.isnan(Scale(np.nan, np.nan, np.nan, 0.75).raw_limit)
+
+
+def test_a_threshold_replaces_a_high_sensitivity():
+    """At 0.9 the image's raw limit is 0.5 - 0.4 x 2 = -0.3, by which no pixel threshold can be moved."""
+    verdict = Verdict("validation set", Scale(0.5, 0.1, 2.1), Scale(0.6, 0.0, 3.0))
+    keen = verdict.with_sensitivity(0.9)
+    assert keen.image.raw_limit == pytest.approx(-0.3)
+    moved = keen.with_threshold(0.4)
+    assert moved == verdict.with_threshold(0.4)
+    assert (moved.image.raw_limit, moved.pixel.raw_limit) == pytest.approx((0.4, 0.48))  # 0.6 x 0.4 / 0.5
+
+
+def test_a_threshold_replaces_a_sensitivity_of_1():
+    """The raw limit of 0.2 x 0 / 1 is 0; where both sensitivities are equal, they cancel."""
+    for sensitivity in (0.2, 0.5, 1.0):
+        verdict = Verdict(
+            "held-out good images", Scale(0.2, sensitivity=sensitivity), Scale(0.4, sensitivity=sensitivity)
+        )
+        moved = verdict.with_threshold(0.3)
+        assert (moved.image.raw_limit, moved.pixel.raw_limit) == pytest.approx((0.3, 0.6))
+
+
+def test_a_pixel_sensitivity_of_its_own_outlasts_a_threshold():
+    """The masks' limit is 0.4 x 0.25 / 0.75 = 0.4 / 3, and 1.5 times that after the image threshold's move."""
+    moved = Verdict("held-out good images", Scale(0.2), Scale(0.4, sensitivity=0.75)).with_threshold(0.3)
+    assert moved.pixel.raw_limit == pytest.approx(0.2)
+
+
+def test_a_threshold_of_0_cannot_be_moved():
+    with pytest.raises(STPMError, match="no threshold to move"):
+        Verdict("held-out good images", Scale(0.0), Scale(0.4)).with_threshold(0.3)

@@ -74,7 +74,7 @@ class Scale:
         if math.isnan(value_range) and not math.isnan(self.threshold):
             msg = (
                 f"sensitivity={self.sensitivity} cannot move the threshold: the model was trained with "
-                "enable_normalization=False and holds no range of scores; use 0.5, or train it again."
+                "enable_normalization=False and holds no range of scores; use 0.5, or train with normalisation."
             )
             raise STPMError(msg)
         return self.threshold + shift * value_range
@@ -133,18 +133,22 @@ class Verdict:
     def with_threshold(self, threshold: float) -> Verdict:
         """The verdict with another raw image threshold; the pixel threshold moves by the same factor.
 
+        It replaces the model's sensitivity. A pixel sensitivity that differs from the image's still counts.
+
         Raises:
             STPMError: It is not above 0, or the model has no threshold to move.
         """
-        if math.isnan(self.image.threshold):
+        if not self.image.threshold > 0:  # NaN where none was set; 0 cannot be scaled
             msg = "the model has no threshold to move: set one with `stpm threshold MODEL.xml --good IMAGES`."
             raise STPMError(msg)
         if not 0 < threshold < math.inf:
             msg = f"threshold={threshold} must be above 0, on the scale of raw scores (the column `raw`)."
             raise STPMError(msg)
-        factor = threshold / self.image.raw_limit
+        factor = threshold / self.image.threshold  # not raw_limit, which a high sensitivity can make 0 or negative
+        own = self.pixel.sensitivity != self.image.sensitivity
+        moved = (self.pixel.raw_limit if own else self.pixel.threshold) * factor
         image = dataclasses.replace(self.image, threshold=threshold, sensitivity=0.5)
-        pixel = dataclasses.replace(self.pixel, threshold=self.pixel.raw_limit * factor, sensitivity=0.5)
+        pixel = dataclasses.replace(self.pixel, threshold=moved, sensitivity=0.5)
         return dataclasses.replace(self, image=image, pixel=pixel)
 
     def with_sensitivity(self, sensitivity: float) -> Verdict:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from anomalib.data import Batch, InferenceBatch
-from anomalib.metrics import F1AdaptiveThreshold, MinMax
+from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
@@ -153,24 +153,13 @@ class STPMPostProcessor(PostProcessor):
         if self.normal_quantile is not None:
             return
         super().on_validation_batch_end(*args, **kwargs)
-        if not self.enable_thresholding:
-            return
-        batch = kwargs["outputs"] if "outputs" in kwargs else args[2]
-        self.image_f1.update(batch)
-        if not self.enable_normalization:  # anomalib then collects no range, but a sensitivity needs one
-            for _, metric in self._ranges():
-                metric.update(batch)
+        if self.enable_thresholding:
+            self.image_f1.update(kwargs["outputs"] if "outputs" in kwargs else args[2])
 
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         """Set the thresholds from the validation set, if it holds defects."""
         collected = self.image_f1.update_called
         super().on_validation_epoch_end(*args, **kwargs)
-        for kind, metric in self._ranges():
-            if metric.update_called:  # anomalib has reset those that it collects itself
-                low, high = metric.compute()
-                getattr(self, f"{kind}_min").copy_(low)
-                getattr(self, f"{kind}_max").copy_(high)
-                metric.reset()
         if not collected:
             return
         threshold = self.image_f1.compute()
@@ -183,9 +172,6 @@ class STPMPostProcessor(PostProcessor):
         self.pixel_limit.fill_(
             limit(torch.tensor(self.held_out_maxima).numpy(), self.quantile).value if maskless else torch.nan
         )
-
-    def _ranges(self) -> tuple[tuple[str, MinMax], ...]:
-        return ("image", self._image_min_max_metric), ("pixel", self._pixel_min_max_metric)
 
     # What they do
 
@@ -227,11 +213,11 @@ class STPMPostProcessor(PostProcessor):
             return threshold * (1 - sensitivity) / max(float(sensitivity), 1e-12)
         threshold = torch.where(threshold.isnan(), (low + high) / 2, threshold)  # as anomalib normalises
         if sensitivity == 0.5:
-            return threshold  # needs no range; older checkpoints without normalisation lack it
+            return threshold  # needs no range, which anomalib collects only to normalise
         if not torch.compiler.is_compiling() and (high - low).isnan() and not threshold.isnan():
             msg = (
                 f"{kind}_sensitivity={sensitivity} cannot move the threshold: the model was trained with "
-                "enable_normalization=False and holds no range of scores; leave it at 0.5, or train the model again."
+                "enable_normalization=False and holds no range of scores; leave it at 0.5, or train with normalisation."
             )
             raise STPMError(msg)
         return threshold + (0.5 - sensitivity) * (high - low)
