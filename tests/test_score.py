@@ -87,6 +87,23 @@ def test_unreadable_files_lose_nothing(exported, numbered_images, tmp_path, monk
     assert [Path(row["path"]).name for row in rows(table)] == [f"frame {number}.png" for number in (7, 11)]
 
 
+def test_an_image_of_another_size_than_the_mask_loses_no_other(exported, numbered_images, tmp_path, capsys):
+    folder, table = tmp_path / "images", tmp_path / "s.csv"
+    folder.mkdir()
+    for name in ("a", "c"):
+        shutil.copy(numbered_images / "frame 7.png", folder / f"{name}.png")
+    height, width = decode(str(folder / "a.png")).shape[:2]
+    Image.new("RGB", (9, 7)).save(folder / "b.png")
+    Image.new("L", (width, height)).save(tmp_path / "mask.png")
+    command = ["score", str(exported), str(folder), "--csv", str(table), "--ignore", str(tmp_path / "mask.png")]
+    for _ in range(2):
+        assert stpm(command) == 2
+        said = capsys.readouterr().err
+        assert f"{folder / 'b.png'} has 7 x 9 pixels and the mask" in said
+        assert "they must be equal. No row was written." in said
+        assert [Path(row["path"]).name for row in rows(table)] == ["a.png", "c.png"]
+
+
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif", "clear.tif", "apart.png"])
 def test_an_image_that_training_reads_otherwise_is_refused(tmp_path, name):
     still, frames = Image.new("RGB", (9, 7), "red"), [Image.new("RGB", (9, 7), colour) for colour in ("blue", "green")]

@@ -140,6 +140,22 @@ def test_a_file_that_cannot_be_read_raises_unless_it_is_asked_for(exported, numb
     assert refused == [str(tmp_path / "x.png")]
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_refused_image_costs_no_other_its_verdict(batch, exported, numbered_images, tmp_path):
+    files = sorted(numbered_images.iterdir())
+    with Image.open(files[0]) as image:
+        Image.new("L", image.size).save(tmp_path / "mask.png")
+        fitting = [str(file) for file in files if Image.open(file).size == image.size]
+    refused = {}
+    scorer = Scorer(exported, batch=batch, ignore=tmp_path / "mask.png")
+    found = [one.path for one in scorer.score(files, refused=lambda path, why: refused.update({path: why}))]
+    assert found == fitting
+    assert [*found, *refused] == [*fitting, *(str(file) for file in files if str(file) not in fitting)]
+    assert all(f"{path} has " in why and "they must be equal" in why for path, why in refused.items())
+    with pytest.raises(STPMError, match="they must be equal"):
+        list(scorer.score(files))
+
+
 # Thresholds
 
 
@@ -310,6 +326,15 @@ def test_a_score_that_is_not_a_number_is_refused(tmp_path):
     assert next(scorer.score_arrays([("grey", textured(8, 8))], "RGB")).score == 1
     with pytest.raises(STPMError, match="black has the score nan: the model is damaged"):
         list(scorer.score_arrays([("black", np.zeros((8, 8, 3), np.uint8))], "RGB"))
+    for name, value in [("a", 9), ("b", 0), ("c", 9)]:
+        Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / f"{name}.png")
+    refused = []
+    files = [tmp_path / f"{name}.png" for name in "abc"]
+    found = scorer.score(files, refused=lambda path, why: refused.append((path, why)))
+    assert [one.path for one in found] == [str(files[0]), str(files[2])]
+    ((path, why),) = refused
+    assert path == str(files[1])
+    assert "has the score nan" in why
 
 
 def test_another_models_export_is_scored_and_its_thresholds_are_its_own(demo_root, tmp_path):

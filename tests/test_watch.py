@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import rows
+from PIL import Image
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send a process these signals")
 DEADLINE = 60  # seconds
@@ -91,6 +92,28 @@ def test_a_killed_watch_loses_none_and_repeats_none(exported, numbered_images, f
     with watching(exported, folder, table):
         found = wait_for(table, 50)
     assert sorted(found) == sorted(f"{number}.png" for number in range(50))
+
+
+def test_a_refused_image_does_not_stop_the_others(exported, numbered_images, folder, tmp_path):
+    """It is named once; a good image in its place is scored."""
+    table, mask = tmp_path / "s.csv", tmp_path / "mask.png"
+    Image.new("RGB", (9, 7)).save(folder / "a.png")
+    shutil.copy(numbered_images / "frame 7.png", folder / "b.png")
+    with Image.open(folder / "b.png") as image:
+        Image.new("L", image.size).save(mask)
+    with watching(exported, folder, table, "--ignore", str(mask)) as process:
+        assert wait_for(table, 1) == ["b.png"]
+        shutil.copy(folder / "b.png", folder / "c.png")
+        assert wait_for(table, 2) == ["b.png", "c.png"]
+        time.sleep(2)
+    assert process.returncode == 2
+    assert process.said.count(f"{folder / 'a.png'} has 7 x 9 pixels and the mask") == 1
+    assert "trying again" not in process.said
+    with watching(exported, folder, table, "--ignore", str(mask)) as process:
+        assert "a.png has 7 x 9 pixels" in next(line for line in process.stderr if "a.png" in line)
+        shutil.copy(folder / "b.png", folder / "a.png")
+        assert wait_for(table, 3)[-1] == "a.png"
+    assert process.returncode == 0
 
 
 FULL = """

@@ -20,7 +20,7 @@ class Score:
     held-out good images with a lower score, the latency, the image's size and time of change, the model's hash and the
     settings. Run the command again to resume it; images that have changed are scored again.
 
-    The exit code is 0, 1 after an error, 2 if images were unreadable, and with --fail-on-anomaly 3 if one is anomalous.
+    The exit code is 0, 1 after an error, 2 if images could not be read or scored, and with --fail-on-anomaly 3 if one is anomalous.
 
     Args:
         model: .xml or .onnx file that `stpm train` or `stpm export` wrote.

@@ -44,7 +44,8 @@ class Run:
         self.table = Table(options.csv, scorer.digest, scorer.settings, options.restart, self.paths, options.watch)
         self.drift = Drift(scorer.verdict.held_out_scores if scorer.verdict else ())
         self.stamps: dict[str, Stamp | None] = {}
-        self.broken: dict[str, None] = {}
+        self.broken: dict[str, str] = {}  # images without a row, and why
+        self.refused: dict[str, Stamp | None] = {}  # those that another try would not score, as they were
         self.counts = {"": 0, "normal": 0, "anomalous": 0}
 
     def score(self) -> int:
@@ -55,7 +56,9 @@ class Run:
         with self.table:
             progress = Progress(len(left))
             try:
-                for scored in self.worker.rows(self._stamped(left), self._unreadable, self.table.has):
+                for scored in self.worker.rows(
+                    self._stamped(left), self._note_unreadable, self._note_refused, self.table.has
+                ):
                     self._keep(scored)
                     progress.step()
             finally:
@@ -64,8 +67,8 @@ class Run:
             for row in self.table.rows.values():
                 if video_of(row[0]) in names:
                     self.counts[row[3]] += 1
-        for path in self.broken:
-            self._report(path)
+        for why in self.broken.values():
+            print(why, file=sys.stderr)
         return self._end()
 
     def watch(self) -> int:
@@ -76,7 +79,7 @@ class Run:
             try:
                 for paths in arrivals(self.options.images, self._done, self._report):
                     try:
-                        for scored in self.worker.rows(self._stamped(paths), self._unreadable):
+                        for scored in self.worker.rows(self._stamped(paths), self._report_once, self._report_refused):
                             self._keep(scored)
                             self.counts[scored.label] += 1
                         said = ""
@@ -104,6 +107,8 @@ class Run:
         """Whether there is nothing left to do for a file."""
         if Path(path).suffix.lower() in VIDEOS:
             return False  # its frames are counted while it is read
+        if path in self.refused and self.refused[path] == stamp(path):
+            return True
         folder = self.options.heatmaps
         return self.table.has(path) and (folder is None or file_of(path, folder, self.root).exists())
 
@@ -115,6 +120,7 @@ class Run:
 
     def _keep(self, scored: Scored) -> None:
         """Write a verdict to the table, print it if asked to, and warn if the scores have left the held-out ones."""
+        self.broken.pop(scored.path, None)
         if not self.table.has(scored.path):
             self.table.append(scored, self.stamps.get(video_of(scored.path)))
         if self.options.json:
@@ -122,14 +128,29 @@ class Run:
         if warning := self.drift.add(scored.raw):
             print(f"\nwarning: {warning}", file=sys.stderr)
 
-    def _unreadable(self, path: str) -> None:
+    def _note_unreadable(self, path: str) -> None:
         """Note a file that cannot be read."""
-        self.broken[path] = None
+        self.broken[path] = f"{cell(path)} {UNREADABLE}; no row was written."
+
+    def _note_refused(self, path: str, why: str) -> None:
+        """Note an image that cannot be scored."""
+        self.broken[path] = f"{cell(why)} No row was written."
+        self.refused[path] = self.stamps.get(video_of(path))
 
     def _report(self, path: str) -> None:
-        """Say that a file cannot be read, and note it."""
-        self._unreadable(path)
-        print(f"{cell(path)} {UNREADABLE}; no row was written.", file=sys.stderr)
+        """Note a file that cannot be read, and say so."""
+        self._note_unreadable(path)
+        print(self.broken[path], file=sys.stderr)
+
+    def _report_once(self, path: str) -> None:
+        """Report a file that was an image a moment ago, and may be one again."""
+        if path not in self.broken:
+            self._report(path)
+
+    def _report_refused(self, path: str, why: str) -> None:
+        """Note an image that cannot be scored, and say so."""
+        self._note_refused(path, why)
+        print(self.broken[path], file=sys.stderr)
 
     def _end(self) -> int:
         """Say what was found; returns the exit code."""

@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import STPMError
 from .exported_model import files_of
 from .images import VIDEOS
+from .refusals import Refused
 from .regions import Region
 from .scorer import Scored, Scorer
 from .worker import Worker
@@ -67,9 +68,13 @@ class Cluster:
         self.nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
 
     def rows(
-        self, paths: Iterable[str], unreadable: Callable[[str], None], skip: Callable[[str], bool] | None = None
+        self,
+        paths: Iterable[str],
+        unreadable: Callable[[str], None],
+        refused: Refused,
+        skip: Callable[[str], bool] | None = None,
     ) -> Iterator[Scored]:
-        """Yield one verdict per readable image, in order; ``unreadable`` is called with the path of each other file.
+        """Yield one verdict per image that can be scored, in order; arguments as for ``Worker.rows``.
 
         Raises:
             STPMError: One of the files is a video.
@@ -102,6 +107,8 @@ class Cluster:
             if row["verdict"]:
                 made = Scored(path, *json.loads(row["verdict"]))
                 yield made._replace(regions=tuple(Region(*region) for region in made.regions))
+            elif row["refused"]:
+                refused(path, json.loads(row["refused"]))
             else:
                 unreadable(path)
 
@@ -121,7 +128,16 @@ class Actor:
             self.worker = Worker(Scorer(**{**options, **here}), heatmaps, root, regions)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """Score a block of paths: one verdict per path as text, in order; empty for a file that cannot be read."""
+        """Score a block of paths: per path its verdict and why it was refused, as text, in order.
+
+        Both are empty for a file that cannot be read.
+        """
         paths = [json.loads(path) for path in batch["path"]]
-        found = {row.path: json.dumps(row[1:7]) for row in self.worker.rows(paths, lambda _: None)}
-        return {"path": list(batch["path"]), "verdict": [found.get(path, "") for path in paths]}
+        why: dict[str, str] = {}
+        rows = self.worker.rows(paths, lambda _: None, lambda path, text: why.update({path: json.dumps(text)}))
+        found = {row.path: json.dumps(row[1:7]) for row in rows}
+        return {
+            "path": list(batch["path"]),
+            "verdict": [found.get(path, "") for path in paths],
+            "refused": [why.get(path, "") for path in paths],
+        }

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..decoding import decode
 from ..errors import STPMError
+from .refusals import ImageError, Refused, raising
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".mkv", ".mov", ".mp4"}  # scored frame by frame, if a source names one
@@ -87,6 +88,7 @@ def read_images(
     then: Callable[[np.ndarray, str], Made],
     skip: Callable[[str], bool] | None = None,
     reduce_to: tuple[int, int] | None = None,
+    refused: Refused = raising,
 ) -> Iterator[tuple[str, Made]]:
     """Decode images in several threads, a few ahead.
 
@@ -96,6 +98,7 @@ def read_images(
         then: Turns an image (H, W, 3), BGR, uint8, and its name into what is yielded; runs in the threads.
         skip: Whether to leave out a frame, by its name.
         reduce_to: As for :func:`~stpm_plugin.decoding.decode`.
+        refused: Called with each name for which ``then`` raises ``ImageError``, and its message; by default raises.
 
     Yields:
         Names and what ``then`` made, in the order of the paths. A name is an image's path, or ``VIDEO#N`` for a
@@ -112,7 +115,12 @@ def read_images(
             waiting.append(asked and (asked[0], pool.submit(work, *asked)))
             if len(waiting) > AHEAD and (oldest := waiting.popleft()):
                 name, future = oldest
-                if (made := future.result()) is not None:
+                try:
+                    made = future.result()
+                except ImageError as error:
+                    refused(name, str(error))
+                    continue
+                if made is not None:
                     yield name, made
                 else:
                     unreadable(name)

@@ -17,6 +17,7 @@ from ..errors import STPMError
 from .exported_model import digest, files_of, last_line, reaches_of, read_model, size_of, tensor_of
 from .images import read_images
 from .large_images import LargeImages, as_input
+from .refusals import Refused, finite, raising, require_masks_size, require_size
 from .regions import Region, regions, shrunk
 from .resize import resize
 from .settings import Hint, Precision, check, for_device, in_words
@@ -140,6 +141,7 @@ class Scorer:
         maps: bool = False,
         unreadable: Callable[[str], None] | None = None,
         skip: Callable[[str], bool] | None = None,
+        refused: Refused | None = None,
     ) -> Iterator[Scored]:
         """Score image files, several at a time, with the pixels that training sees.
 
@@ -148,20 +150,25 @@ class Scorer:
             maps: Whether to return regions, images and anomaly maps too.
             unreadable: Called with the path of each file that is not such an image; ``None`` raises.
             skip: Whether to leave out a video frame, by its name.
+            refused: Called with the path of each image that cannot be scored, and a sentence that says why: its size
+                is not the mask's or not one that the model takes, or its score is not finite; ``None`` raises.
 
         Yields:
-            One verdict per readable file, in order.
+            One verdict per image that is not left out, in order.
 
         Raises:
-            STPMError: A file cannot be read, and ``unreadable`` is ``None``; a score is not finite; or maps are
-                requested of images that are decoded to a part of their size.
+            ImageError: An image cannot be scored, and ``refused`` is ``None``.
+            STPMError: A file cannot be read, and ``unreadable`` is ``None``; or maps are requested of images that are
+                decoded to a part of their size.
         """
         if maps and self.reduce_to is not None:
             msg = "reduced_decode gives only scores and labels: leave out maps, regions and heat maps."
             raise STPMError(msg)
         paths = (str(path) for path in files)
         prepare = functools.partial(self._prepare, keep=maps)
-        return self._infer(read_images(paths, unreadable or _refuse, prepare, skip, self.reduce_to), maps)
+        refused = refused or raising
+        images = read_images(paths, unreadable or _refuse, prepare, skip, self.reduce_to, refused)
+        return self._infer(images, maps, refused)
 
     def score_arrays(
         self, images: Iterable[tuple[str, np.ndarray]], channels: str, maps: bool = False
@@ -178,6 +185,7 @@ class Scorer:
             One verdict per image, in order.
 
         Raises:
+            ImageError: An image cannot be scored, as for ``score``.
             STPMError: An image is ``None``, of another shape or type, or ``channels`` is another word.
         """
         if channels not in ("BGR", "RGB"):
@@ -185,32 +193,19 @@ class Scorer:
             raise STPMError(msg)
         step = 1 if channels == "BGR" else -1
         prepared = ((name, self._prepare(checked(name, image)[:, :, ::step], name, maps)) for name, image in images)
-        return self._infer(prepared, maps)
+        return self._infer(prepared, maps, raising)
 
     def _prepare(self, image: np.ndarray, name: str, keep: bool) -> Prepared:
         """The network's input (3, h, w), RGB, float32 in [0, 1], of an image (H, W, 3), BGR, uint8."""
-        if self.ignored is not None and self.ignored.shape != image.shape[:2]:
-            sizes = ["{} x {}".format(*shape[:2]) for shape in (image.shape, self.ignored.shape)]
-            msg = f"{name} has {sizes[0]} pixels and the mask {self.ignore} has {sizes[1]}: they must be equal."
-            raise STPMError(msg)
-        if self.only is not None and self.only != image.shape[:2]:
-            msg = (
-                f"{name} has {image.shape[0]} x {image.shape[1]} pixels, and the model was exported for images of "
-                f"{self.only[0]} x {self.only[1]}: export it without --input_size."
-            )
-            raise STPMError(msg)
-        if min(image.shape[:2]) < self.smallest:
-            msg = (
-                f"{name} has {image.shape[0]} x {image.shape[1]} pixels, and the model, which does not resize, needs "
-                f"at least {self.smallest} along each side: leave this image out."
-            )
-            raise STPMError(msg)
+        if self.ignored is not None and self.ignore is not None:
+            require_masks_size(name, image.shape[:2], self.ignored.shape, self.ignore)
+        require_size(name, image.shape[:2], self.only, self.smallest)
         pixels = image if self.size is None else resize(image, self.size)
         inputs = np.ascontiguousarray(pixels[:, :, ::-1].transpose(2, 0, 1))
         # A large image is dropped as soon as it can be, and one that is not resized waits as bytes.
         return Prepared(inputs if self.size is None else as_input(inputs), image if keep else None)
 
-    def _infer(self, images: Iterable[tuple[str, Prepared]], maps: bool) -> Iterator[Scored]:
+    def _infer(self, images: Iterable[tuple[str, Prepared]], maps: bool, refused: Refused) -> Iterator[Scored]:
         """Score prepared images, as many at a time as the device is best at."""
         idle = deque(self.compiled.create_infer_request() for _ in range(self.requests))
         busy: deque[tuple[ov.InferRequest, list[tuple[str, Prepared]]]] = deque()
@@ -218,20 +213,21 @@ class Scorer:
             if self.large is not None and self.large.is_large(batch[0][1].inputs):
                 while busy:
                     oldest = busy.popleft()
-                    yield from self._answers(*oldest, maps)
+                    yield from self._answers(*oldest, maps, refused)
                     idle.append(oldest[0])
-                yield from (self._answer_in_windows(*one, maps) for one in batch)
+                for one in batch:
+                    yield from self._answer_in_windows(*one, maps, refused)
                 continue
             if not idle:  # the oldest is done first, or nearly so
                 oldest = busy.popleft()
-                yield from self._answers(*oldest, maps)
+                yield from self._answers(*oldest, maps, refused)
                 idle.append(oldest[0])
             request = idle.popleft()
             inputs = np.stack([prepared.inputs for _, prepared in batch])
             request.start_async({0: as_input(inputs) if inputs.dtype == np.uint8 else inputs})
             busy.append((request, batch))
         for asked in busy:
-            yield from self._answers(*asked, maps)
+            yield from self._answers(*asked, maps, refused)
 
     def _batches(self, images: Iterable[tuple[str, Prepared]]) -> Iterator[list[tuple[str, Prepared]]]:
         """Join neighbours of one size into batches."""
@@ -244,8 +240,10 @@ class Scorer:
         if batch:
             yield batch
 
-    def _answers(self, request: ov.InferRequest, batch: list[tuple[str, Prepared]], maps: bool) -> Iterator[Scored]:
-        """Wait for a request and yield the verdict on each image of its batch."""
+    def _answers(
+        self, request: ov.InferRequest, batch: list[tuple[str, Prepared]], maps: bool, refused: Refused
+    ) -> Iterator[Scored]:
+        """Wait for a request and yield the verdict on each image of its batch that has a finite score."""
         request.wait()
         latency = request.latency / 1000
         scores = request.get_tensor(RAW_SCORE if self.verdict else "pred_score").data.reshape(-1).copy()
@@ -254,7 +252,8 @@ class Scorer:
             anomaly_maps = request.get_tensor(RAW_MAP if self.verdict else "anomaly_map").data.copy()
         labels = request.get_tensor("pred_label").data.reshape(-1).copy() if self.labels and not self.verdict else None
         for index, (path, prepared) in enumerate(batch):
-            require_finite(path, scores[index])
+            if not finite(path, scores[index], refused):
+                continue
             anomaly_map = None if anomaly_maps is None else anomaly_maps[index].reshape(anomaly_maps.shape[-2:])
             if self.verdict is None:
                 label = "" if labels is None else "anomalous" if labels[index] else "normal"
@@ -263,13 +262,14 @@ class Scorer:
                 judged = self._judge(scores[index], anomaly_map)
             yield Scored(path, *judged, latency, *(self._shown(prepared.image, anomaly_map) if maps else ()))
 
-    def _answer_in_windows(self, path: str, prepared: Prepared, maps: bool) -> Scored:
-        """The verdict on an image that is too large for one request."""
+    def _answer_in_windows(self, path: str, prepared: Prepared, maps: bool, refused: Refused) -> Iterator[Scored]:
+        """Yield the verdict on an image that is too large for one request, if its score is finite."""
         assert self.large is not None and self.verdict is not None  # noqa: S101, PT018  # for the type checker
         raw = self.large.score(prepared.inputs, self.verdict)
-        require_finite(path, raw.score)
+        if not finite(path, raw.score, refused):
+            return
         judged = self._judge(np.float32(raw.score), raw.anomaly_map)
-        return Scored(path, *judged, raw.seconds, *(self._shown(prepared.image, raw.anomaly_map) if maps else ()))
+        yield Scored(path, *judged, raw.seconds, *(self._shown(prepared.image, raw.anomaly_map) if maps else ()))
 
     def _judge(self, raw: np.float32, anomaly_map: np.ndarray | None) -> tuple[float, float, str, float | None]:
         """Score, raw score, label and percentile of a raw image score; a mask's part of the raw map is cleared."""
@@ -298,17 +298,6 @@ class Scorer:
         if self.verdict is None:
             return float(AS_EXPORTED.limit)
         return float(self.verdict.pixel.limit) if self.verdict.normalize else self.verdict.pixel.raw_limit
-
-
-def require_finite(path: str, score: float) -> None:
-    """Refuse a score that is not a number.
-
-    Raises:
-        STPMError: It is not finite.
-    """
-    if not math.isfinite(score):
-        msg = f"{path} has the score {score}: the model is damaged; export its checkpoint again."
-        raise STPMError(msg)
 
 
 def compiled(core: ov.Core, network: ov.Model, device: str, options: dict[str, Any]) -> ov.CompiledModel:

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 
 from . import heatmaps
+from .refusals import Refused
 from .scorer import Scored, Scorer
 
 
@@ -28,17 +29,22 @@ class Worker:
         self.scorer, self.heatmaps, self.root, self.regions = scorer, heatmaps, root, regions
 
     def rows(
-        self, paths: Iterable[str], unreadable: Callable[[str], None], skip: Callable[[str], bool] | None = None
+        self,
+        paths: Iterable[str],
+        unreadable: Callable[[str], None],
+        refused: Refused,
+        skip: Callable[[str], bool] | None = None,
     ) -> Iterator[Scored]:
-        """Yield one verdict per readable image, in the order of the paths, without image and map.
+        """Yield one verdict per image that can be scored, in the order of the paths, without image and map.
 
         Args:
             paths: Image files, and videos.
             unreadable: Called with the path of each file that cannot be read as training reads it.
+            refused: Called with the path of each image that cannot be scored, and why, as for ``Scorer.score``.
             skip: Whether to leave out a video frame, by its name.
         """
         maps = self.regions or self.heatmaps is not None
-        for scored in self.scorer.score(paths, maps, unreadable, skip):
+        for scored in self.scorer.score(paths, maps, unreadable, skip, refused):
             if self.heatmaps is not None:
                 picture = heatmaps.draw(scored, self.scorer.pixel_limit)
                 heatmaps.write(picture, heatmaps.file_of(scored.path, self.heatmaps, self.root))
