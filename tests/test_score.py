@@ -1,6 +1,8 @@
 """Scoring with an exported model, beside anomalib's own predictions of the same images."""
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -170,6 +172,38 @@ def test_a_heat_map_that_is_not_written_is_said(exported, numbered_images, tmp_p
     assert stpm(["score", *command]) == 1
     assert "frame 7.png.heatmap.jpg cannot be written" in capsys.readouterr().err
     assert rows(tmp_path / "s.csv") == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no /dev/full")
+@pytest.mark.parametrize("watch", [[], ["--watch"]])
+@pytest.mark.parametrize("output", ["closed", "full"])
+def test_errors_of_the_output_are_not_the_tables(output, watch, exported, numbered_images, tmp_path):
+    command = [sys.executable, "-m", "stpm_plugin.commands", "score", str(exported), str(numbered_images), "--json"]
+    end, pipe = os.pipe()
+    os.close(end)
+    with os.fdopen(pipe, "w") as closed, Path("/dev/full").open("w") as full:
+        out = closed if output == "closed" else full
+        command += ["--csv", str(tmp_path / "s.csv"), *watch]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "trying again" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert "Broken pipe" not in done.stderr
+    said = f"standard output: No space left on device; fix this, then run the command again to resume {tmp_path}"
+    assert (said in done.stderr) == (output == "full")
+
+
+def test_images_on_two_drives_need_no_common_folder(exported, numbered_images, tmp_path, monkeypatch):
+    def apart(_):
+        msg = "Paths don't have the same drive"
+        raise ValueError(msg)
+
+    monkeypatch.setattr("stpm_plugin.commands.scoring.os.path.commonpath", apart)
+    image = numbered_images / "frame 7.png"
+    command = ["score", str(exported), str(image), "--csv", str(tmp_path / "s.csv")]
+    assert stpm([*command, "--heatmaps", str(tmp_path / "maps")]) == 0
+    assert (tmp_path / "maps" / image.relative_to(image.anchor)).with_name(f"{image.name}.heatmap.jpg").is_file()
 
 
 def test_heatmaps_lie_as_the_images_do_and_are_no_input(exported, numbered_images, tmp_path):

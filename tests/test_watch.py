@@ -13,6 +13,10 @@ import pytest
 from conftest import rows
 from PIL import Image
 
+from stpm_plugin.commands.entry import main as stpm
+from stpm_plugin.deployment.images import images_below
+from stpm_plugin.deployment.watch import arrivals
+
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send a process these signals")
 DEADLINE = 60  # seconds
 
@@ -114,6 +118,38 @@ def test_a_refused_image_does_not_stop_the_others(exported, numbered_images, fol
         shutil.copy(folder / "b.png", folder / "a.png")
         assert wait_for(table, 3)[-1] == "a.png"
     assert process.returncode == 0
+
+
+def test_a_folder_that_goes_while_it_is_listed_is_reported_once(numbered_images, folder, monkeypatch):
+    shutil.copy(numbered_images / "frame 7.png", folder)
+    failures, said = [FileNotFoundError(2, "No such file or directory", "gone")] * 2, []
+
+    def listed(path):
+        if failures:
+            raise failures.pop()
+        return images_below(path)
+
+    def looks(*_, **__):
+        while True:
+            time.sleep(0.1)
+            yield set()
+
+    monkeypatch.setattr("stpm_plugin.deployment.watch.images_below", listed)
+    monkeypatch.setattr("watchfiles.watch", looks)
+    found = next(arrivals([str(folder)], lambda _: False, pytest.fail, said.append))
+    assert [Path(path).name for path in found] == ["frame 7.png"]
+    assert [str(error) for error in said] == ["[Errno 2] No such file or directory: 'gone'"]
+
+
+def test_a_file_that_vanishes_before_it_is_scored_is_named_once(exported, folder, tmp_path, monkeypatch, capsys):
+    def found(*_):
+        yield [str(folder / "a.png")]
+        yield [str(folder / "a.png")]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stpm_plugin.commands.scoring.arrivals", found)
+    assert stpm(["score", str(exported), str(folder), "--watch", "--csv", str(tmp_path / "s.csv")]) == 2
+    assert capsys.readouterr().err.count(f"{folder / 'a.png'} cannot be read") == 1
 
 
 FULL = """

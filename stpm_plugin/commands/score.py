@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,10 @@ from ..errors import STPMError
 STOPPED = 130  # exit code after Ctrl-C
 
 
+class OutputError(Exception):
+    """Standard output cannot be written to; the cause is the ``OSError``."""
+
+
 @dataclass
 class Score:
     """Score images with an exported model, to a CSV.
@@ -20,7 +26,8 @@ class Score:
     held-out good images with a lower score, the latency, the image's size and time of change, the model's hash and the
     settings. Run the command again to resume it; images that have changed are scored again.
 
-    The exit code is 0, 1 after an error, 2 if images could not be read or scored, and with --fail-on-anomaly 3 if one is anomalous.
+    The exit code is 0, 1 after an error, 2 if images could not be read or scored, and with --fail-on-anomaly 3 if one
+    is anomalous.
 
     Args:
         model: .xml or .onnx file that `stpm train` or `stpm export` wrote.
@@ -78,9 +85,29 @@ class Score:
         except KeyboardInterrupt:
             print(f"stopped; run the command again to resume {self.csv}.", file=sys.stderr)
             return STOPPED
+        except BrokenPipeError:  # standard error goes to a reader that has ended
+            return 1
+        except OutputError as error:
+            discard_output()
+            cause = error.__cause__
+            if not isinstance(cause, BrokenPipeError):  # else its reader has seen enough, as `head` has
+                why = getattr(cause, "strerror", None) or cause
+                print(
+                    f"standard output: {why}; fix this, then run the command again to resume {self.csv}.",
+                    file=sys.stderr,
+                )
+            return 1
         except OSError as error:  # an error without a file name is the open CSV's
             where = error.filename or self.csv
             print(
                 f"{where}: {error.strerror or error}; fix this, then run the command again to resume.", file=sys.stderr
             )
             return 1
+
+
+def discard_output() -> None:
+    """Send what standard output still holds nowhere, since Python would try again at its end and report that."""
+    with contextlib.suppress(OSError):  # in a test or a notebook it may be no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -19,6 +19,7 @@ from ..deployment.table import Stamp, Table, cell, stamp, video_of
 from ..deployment.watch import arrivals, check
 from ..deployment.worker import Worker
 from ..errors import STPMError
+from .score import OutputError
 from .terminal import Progress
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Run:
             check(options.images)
         self.paths = [] if options.watch else find_images(options.images)
         folders = options.images if options.watch else [Path(path).parent for path in self.paths]
-        self.root = Path(os.path.commonpath([Path(folder).resolve() for folder in folders]))
+        self.root = common_folder(folders)
         self.worker = self._worker()
         scorer = self.worker.scorer
         self.table = Table(options.csv, scorer.digest, scorer.settings, options.restart, self.paths, options.watch)
@@ -77,7 +78,7 @@ class Run:
         print(f"watching {', '.join(self.options.images)}; Ctrl-C ends it.", file=sys.stderr)
         with self.table:
             try:
-                for paths in arrivals(self.options.images, self._done, self._report):
+                for paths in arrivals(self.options.images, self._done, self._report, self._report_folder):
                     try:
                         for scored in self.worker.rows(self._stamped(paths), self._report_once, self._report_refused):
                             self._keep(scored)
@@ -124,7 +125,10 @@ class Run:
         if not self.table.has(scored.path):
             self.table.append(scored, self.stamps.get(video_of(scored.path)))
         if self.options.json:
-            print(json.dumps(as_dictionary(scored)), flush=True)
+            try:
+                print(json.dumps(as_dictionary(scored)), flush=True)
+            except OSError as error:  # told apart from the table's, which a watch waits for
+                raise OutputError from error
         if warning := self.drift.add(scored.raw):
             print(f"\nwarning: {warning}", file=sys.stderr)
 
@@ -141,6 +145,10 @@ class Run:
         """Note a file that cannot be read, and say so."""
         self._note_unreadable(path)
         print(self.broken[path], file=sys.stderr)
+
+    def _report_folder(self, error: OSError) -> None:
+        """Say that the folders cannot be listed."""
+        print(f"{error.filename}: {error.strerror or error}; trying again.", file=sys.stderr)
 
     def _report_once(self, path: str) -> None:
         """Report a file that was an image a moment ago, and may be one again."""
@@ -160,6 +168,14 @@ class Run:
         if self.broken:
             return UNREAD
         return ANOMALOUS if self.options.fail_on_anomaly and self.counts["anomalous"] else 0
+
+
+def common_folder(folders: Sequence[str | Path]) -> Path:
+    """The folder that all folders are in; an empty path if they are on several drives."""
+    try:
+        return Path(os.path.commonpath([Path(folder).resolve() for folder in folders]))
+    except ValueError:
+        return Path()
 
 
 def as_dictionary(scored: Scored) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 import cv2
@@ -25,8 +26,15 @@ def draw(scored: Scored, limit: float) -> np.ndarray:
 
 
 def file_of(path: str, folder: Path, root: Path) -> Path:
-    """Where an image's picture goes: its path below ``root``, in ``folder``."""
-    relative = Path(path).relative_to(root)
+    """Where an image's picture goes: its path below ``root``, in ``folder``.
+
+    If ``root`` is empty, since images are on several drives, the drive's name is the first folder.
+    """
+    whole = Path(path)
+    if root == Path():
+        relative = Path(re.sub(r"\W+", "_", whole.drive).strip("_"), *whole.parts[1:])
+    else:
+        relative = whole.relative_to(root)
     return folder / relative.with_name(relative.name + HEATMAP)
 
 

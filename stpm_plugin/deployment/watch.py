@@ -34,7 +34,10 @@ def check(folders: Sequence[str]) -> None:
 
 
 def arrivals(
-    folders: Sequence[str], known: Callable[[str], bool], unreadable: Callable[[str], None]
+    folders: Sequence[str],
+    known: Callable[[str], bool],
+    unreadable: Callable[[str], None],
+    failed: Callable[[OSError], None],
 ) -> Iterator[list[str]]:
     """Yield the image files that are new and whole, as they come; it does not end by itself.
 
@@ -44,17 +47,26 @@ def arrivals(
         folders: Where to look, below them too.
         known: Whether a file, as it is now, was dealt with.
         unreadable: Called once with the path of each file that has not changed for ten seconds and cannot be read.
+        failed: Called with an error of the folders, once until they can be listed again; they are tried on.
     """
     from watchfiles import watch
 
     seen: dict[str, tuple[Stamp, float]] = {}  # stamp, and when it was new
     settled: dict[str, Stamp] = {}  # files that need no other look until they change
-    looked = 0.0
+    looked, said = 0.0, ""
     for changes in watch(*folders, rust_timeout=LOOK, yield_on_timeout=True, debounce=200, raise_interrupt=True):
         if not changes and not seen and time.monotonic() - looked < UNTOLD:
             continue
         whole, looked = [], time.monotonic()
-        paths = dict.fromkeys(path for folder in folders for path in images_below(Path(folder)))
+        try:
+            paths = dict.fromkeys(path for folder in folders for path in images_below(Path(folder)))
+        except OSError as error:  # a folder was deleted while it was listed, or a network drive failed
+            if str(error) != said:
+                said = str(error)
+                failed(error)
+            looked = 0.0
+            continue
+        said = ""
         for gone in seen.keys() - paths.keys():
             del seen[gone]
         for path in paths:
