@@ -12,6 +12,7 @@ from scipy import stats
 
 from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.deployment.drift import WINDOW, Drift, describe, shifts
+from stpm_plugin.deployment.report.contents import contents_of
 from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.false_alarms import limit
 
@@ -95,6 +96,19 @@ def test_a_threshold_is_set_anew_by_the_rule_and_every_host_takes_it(exported, g
         assert graph(pixels)["pred_score"].item() == pytest.approx(float(row["score"]), abs=1e-4)
         assert graph(pixels)["pred_label"].item() == (row["label"] == "anomalous")
         assert float(row["score"]) == pytest.approx(one.raw / (one.raw + scorer.verdict.image.threshold), abs=1e-5)
+
+
+def test_images_that_set_a_threshold_anew_do_not_count_in_a_report(exported, good, demo_root, tmp_path):
+    trained, later = next(demo_root.glob("*/train")), sorted(map(str, Path(good).iterdir()))
+    model, table = exported, tmp_path / "s.csv"
+    ways = [["--good", *later[:4]], ["--good", *later[4:]], ["--sensitivity", "0.6"]]
+    for number, (way, counting) in enumerate(zip(ways, [later[4:], later[:4], later[:4]], strict=True)):
+        model, before = tmp_path / f"{number}.xml", model
+        assert stpm(["threshold", str(before), *way, "--out", str(model)]) == 0
+        assert stpm(["score", str(model), str(trained), good, "--csv", str(table), "--restart"]) == 0
+        found = contents_of(table, model)
+        assert sorted(shown.path for shown in found.images) == counting
+        assert (found.trained, found.held_out) == (8, 2 + len(later) - len(counting))  # those that chose the epoch too
 
 
 def test_a_threshold_takes_good_readable_images_and_shows_itself(exported, good, demo_root, tmp_path, capsys):

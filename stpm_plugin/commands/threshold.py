@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -19,7 +19,7 @@ from ..deployment.table import cell
 from ..deployment.verdict import Scale, Verdict, read_verdict
 from ..errors import STPMError
 from ..false_alarms import found, in_words, limit
-from ..training.data_record import among
+from ..training.data_record import SHORT, identify
 
 NEW_IMAGES = "new good images"  # the basis that is written down
 
@@ -60,9 +60,9 @@ class Threshold:
         if self.false_alarms is not None and not self.good:
             msg = "--false-alarms needs good images: name a folder of them with --good."
             raise STPMError(msg)
-        verdict = verdict_of(self.model)
+        verdict, digests = verdict_of(self.model), list[str]()
         if self.good:
-            verdict = renewed(verdict, self)
+            verdict, digests = renewed(verdict, self)
         elif self.value is not None:
             verdict = verdict.with_threshold(self.value)
         elif self.sensitivity is not None:
@@ -70,7 +70,7 @@ class Threshold:
         else:
             print(in_words_of(verdict))
             return 0
-        write_with(verdict, self)
+        write_with(verdict, self, digests)
         return 0
 
 
@@ -98,8 +98,8 @@ def in_words_of(verdict: Verdict) -> str:
     return f"{said}; {in_words(found(np.array(verdict.held_out_scores), verdict.image.raw_limit), 0.5)}"
 
 
-def renewed(verdict: Verdict, options: Threshold) -> Verdict:
-    """A verdict with thresholds from good images, and their scores in place of the held-out ones.
+def renewed(verdict: Verdict, options: Threshold) -> tuple[Verdict, list[str]]:
+    """A verdict with thresholds from good images and their scores in place of the held-out ones; and their digests.
 
     Raises:
         STPMError: The share is out of range, or an image cannot be read.
@@ -111,7 +111,9 @@ def renewed(verdict: Verdict, options: Threshold) -> Verdict:
     quantile = 1 - share
     broken: list[str] = []
     paths = find_images(options.good)
-    trained = among([Path(path) for path in paths], images_of(read_model(ov.Core(), options.model), TRAINED))
+    _, _, digests = identify([Path(path) for path in paths])
+    known = images_of(read_model(ov.Core(), options.model), TRAINED)
+    trained = {path for path, digest in zip(paths, digests, strict=True) if digest[:SHORT] in known}
     if trained:
         msg = (
             f"{len(trained)} of the {len(paths)} images trained the model, such as {min(trained)}: their scores are "
@@ -124,7 +126,7 @@ def renewed(verdict: Verdict, options: Threshold) -> Verdict:
         raise STPMError(msg)
     alarms = limit(scores, quantile)
     print(f"image threshold {alarms.value:.4g}; {in_words(alarms, quantile)}")
-    return dataclasses.replace(
+    verdict = dataclasses.replace(
         verdict,
         basis=NEW_IMAGES,
         image=Scale(alarms.value),
@@ -134,14 +136,15 @@ def renewed(verdict: Verdict, options: Threshold) -> Verdict:
         held_out_scores=tuple(sorted(scores.tolist())),
         held_out_maxima=tuple(sorted(maxima.tolist())),
     )
+    return verdict, digests
 
 
-def write_with(verdict: Verdict, options: Threshold) -> None:
-    """Write the model with another verdict."""
+def write_with(verdict: Verdict, options: Threshold, digests: Collection[str]) -> None:
+    """Write the model with another verdict, and the digests of the images that set its thresholds."""
     target = options.out or options.model.with_name(f"{options.model.stem}_threshold.xml")
     core = ov.Core()
     core.set_property({"ENABLE_MMAP": False})  # the target may be the model
-    write(rejudged(read_model(core, options.model), verdict), target)
+    write(rejudged(read_model(core, options.model), verdict, digests), target)
     print(f"wrote {target}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import openvino as ov
@@ -16,9 +16,9 @@ from ..training.data_record import DataRecord, packed, unpacked
 from .verdict import RAW_MAP, RAW_SCORE, SECTION, Verdict
 
 MODEL_INFO = {"model_type": "AnomalyDetection", "task": "segmentation"}  # what OpenVINO Model API reads
-TRAINED, HELD_OUT = "trained", "held_out"  # names of the images' digests, stored with the graph
+TRAINED, HELD_OUT, SET_BY = "trained", "held_out", "set_by"  # names of the images' digests, stored with the graph
 REACHES = "reaches"  # how far each level sees, of a graph that takes images of any size
-KEPT = ("size", TRAINED, HELD_OUT, REACHES)  # what another verdict does not change
+KEPT = ("size", TRAINED, HELD_OUT, SET_BY, REACHES)  # what another verdict does not change
 COMPANIONS = (".bin", ".onnx.data", ".data")  # files next to a model that hold its weights
 
 
@@ -120,15 +120,28 @@ def describe(model: ov.Model, size: tuple[int, int] | None, record: DataRecord |
 
 
 def images_of(model: ov.Model, part: str) -> frozenset[str]:
-    """Shortened digests of the images that trained a model (:data:`TRAINED`) or were held out; empty if unknown."""
+    """Shortened digests of images that a model knows; empty if unknown.
+
+    Args:
+        model: An exported model.
+        part: :data:`TRAINED`, :data:`HELD_OUT`, or :data:`SET_BY` for those that set the thresholds after the export.
+    """
     if not model.has_rt_info([SECTION, part]):
         return frozenset()
     return unpacked(model.get_rt_info([SECTION, part]).astype(str))
 
 
-def rejudged(model: ov.Model, verdict: Verdict) -> ov.Model:
-    """The same networks with another verdict."""
+def rejudged(model: ov.Model, verdict: Verdict, set_by: Collection[str] = ()) -> ov.Model:
+    """The same networks with another verdict.
+
+    Args:
+        model: An exported model.
+        verdict: The other verdict.
+        set_by: Digests of the images that set its thresholds; by default those that the model holds.
+    """
     said = {name: model.get_rt_info([SECTION, name]).astype(str) for name in KEPT if model.has_rt_info([SECTION, name])}
+    if set_by:
+        said[SET_BY] = packed(set_by)
     made = verdict.append_to(model, tensor_of(model, RAW_SCORE), tensor_of(model, RAW_MAP))
     describe(made, None, None)
     for name, text in said.items():

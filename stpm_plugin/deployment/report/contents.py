@@ -18,7 +18,7 @@ import openvino as ov
 from ...decoding import decode
 from ...errors import STPMError
 from ...training.data_record import SHORT, identify
-from ..exported_model import HELD_OUT, TRAINED, digest, files_of, images_of, read_model
+from ..exported_model import HELD_OUT, SET_BY, TRAINED, digest, files_of, images_of, read_model
 from ..images import DECODERS, HEATMAP
 from ..settings import options_in
 from ..table import Stamp, read_rows, stamp, video_of
@@ -55,7 +55,7 @@ class Contents:
         verdict: Its verdict, with what the table's options changed.
         images: Those that count, the highest score first.
         trained: Number of images that are left out because they trained the model.
-        held_out: Number of images that are left out because they set its thresholds.
+        held_out: Number of images that are left out because they chose its weights or set its thresholds.
         unknown: Whether the model does not say which images trained it.
     """
 
@@ -110,7 +110,7 @@ def contents_of(table: Path, model: Path, kinds: Mapping[str, str] | None = None
     judged = changed(verdict, model, options.get("threshold"), options.get("sensitivity"), None) or verdict
     if kinds is None:
         kinds = by_folder([row[0] for row in rows])
-    trained, held_out = images_of(network, TRAINED), images_of(network, HELD_OUT)
+    trained, held_out = images_of(network, TRAINED), images_of(network, HELD_OUT) | images_of(network, SET_BY)
     roles = roles_of([row[0] for row in rows], trained, held_out)
     limit = limit_of(judged.image, judged.normalize)
     images = [
@@ -138,7 +138,7 @@ def by_folder(paths: Iterable[str]) -> dict[str, str]:
 
 def roles_of(paths: Sequence[str], trained: frozenset[str], held_out: frozenset[str]) -> list[str]:
     """What each image was to the model: :data:`TRAINED`, :data:`HELD_OUT`, or nothing (an empty string)."""
-    if not trained:
+    if not trained and not held_out:
         return [""] * len(paths)
     images = [path for path in paths if video_of(path) == path]  # training reads no videos
     _, _, digests = identify([Path(path) for path in images])
