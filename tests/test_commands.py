@@ -149,6 +149,8 @@ def test_a_wrong_line_is_one_sentence(line, words, capsys):
         ("export junk/notes.txt", "junk/notes.txt is not a checkpoint"),
         ("export model.ckpt --int8", "model.ckpt does not say which good images trained it: name their folder"),
         ("export model.ckpt --int8 --compression fp16", "--int8 and --compression fp16 contradict each other"),
+        ("export model.ckpt --good parts", "--good is only for --compression int8 or int8_acq (--int8)"),
+        ("export model.ckpt --int8 --max-drop 0.1", "--max-drop is only for --compression int8_acq"),
         ("report empty", "empty/config.yaml is missing: name a run's folder"),
         ("report empty --heatmaps empty", "--heatmaps is for a CSV: leave it out, since those of empty are drawn"),
         ("report table.csv", "table.csv names its model only by a hash"),

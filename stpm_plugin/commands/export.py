@@ -34,7 +34,7 @@ class Export:
         int8: The same as --compression int8.
         good: Folder of the good images that trained the model, for int8; by default the folder that the run names.
         input_size: Height and width of the images, as "[256,256]", for a graph of that size only; by default any size.
-        max_drop: For int8_acq: how far the maps may change (docs/int8.md).
+        max_drop: For int8_acq: how far the maps may change (docs/int8.md); by default 0.01.
         out: Folder to write to; by default the run's.
     """
 
@@ -43,7 +43,7 @@ class Export:
     int8: bool = False
     good: Path | None = None
     input_size: tuple[int, int] | None = None
-    max_drop: float = 0.01
+    max_drop: float | None = None
     out: Path | None = None
 
     def run(self) -> int:
@@ -52,6 +52,12 @@ class Export:
             msg = f"--int8 and --compression {self.compression} contradict each other: give one of them."
             raise STPMError(msg)
         compression = "int8" if self.int8 else self.compression
+        if self.good is not None and not compression.startswith("int8"):
+            msg = "--good is only for --compression int8 or int8_acq (--int8): add one, or leave --good out."
+            raise STPMError(msg)
+        if self.max_drop is not None and compression != "int8_acq":
+            msg = "--max-drop is only for --compression int8_acq: add it, or leave --max-drop out."
+            raise STPMError(msg)
         checkpoint = checkpoint_of(self.source)
         run = checkpoint.parents[2] if checkpoint.parts[-3:] == CHECKPOINT.parts else None
         root = self.out or run or checkpoint.parent
@@ -65,7 +71,7 @@ class Export:
 
             configure_logger()
             types = {"fp16": "FP16", "int8": "INT8_PTQ", "int8_acq": "INT8_ACQ"}
-            options: dict[str, Any] = {"max_drop": self.max_drop} if compression == "int8_acq" else {}
+            options: dict[str, Any] = {} if self.max_drop is None else {"max_drop": self.max_drop}
             if compression in types:
                 options["compression_type"] = CompressionType[types[compression]]
             if images is not None:
