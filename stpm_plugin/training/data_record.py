@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 READERS = 4  # threads: hashing releases the interpreter, and a disk answers several at once
@@ -20,7 +20,8 @@ class DataRecord:
     """The good images of a run.
 
     Args:
-        names: Path of each image, relative to the folder above all of them, with forward slashes.
+        names: Path of each image with forward slashes, relative to the folder above all of them; absolute where they
+            are on several drives.
         sizes: Bytes of each.
         digests: BLAKE2 hash of each file's bytes, 128 bits, hexadecimal.
         held_out: Indices of the images that chose the weights and set thresholds; the student did not train on them.
@@ -86,9 +87,7 @@ def identify(paths: Sequence[Path]) -> tuple[list[str], list[int], list[str]]:
         return [], [], []
     with ThreadPoolExecutor(READERS) as pool:
         found = list(pool.map(_digest, paths))
-    root = _folder_above([path.absolute() for path in paths])
-    names = [path.absolute().relative_to(root).as_posix() for path in paths]
-    return names, [size for size, _ in found], [digest for _, digest in found]
+    return names_of([path.absolute() for path in paths]), [size for size, _ in found], [digest for _, digest in found]
 
 
 def _digest(path: Path) -> tuple[int, str]:
@@ -99,9 +98,8 @@ def _digest(path: Path) -> tuple[int, str]:
     return len(content), hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _folder_above(paths: Sequence[Path]) -> Path:
-    """The deepest folder that holds all of the files."""
-    folder = paths[0].parent
-    while not all(path.is_relative_to(folder) for path in paths):
-        folder = folder.parent
-    return folder
+def names_of(paths: Sequence[PurePath]) -> list[str]:
+    """Names of absolute paths, as :class:`DataRecord` has them."""
+    above = (folder for folder in paths[0].parents if all(path.is_relative_to(folder) for path in paths))
+    root = next(above, None)
+    return [(path if root is None else path.relative_to(root)).as_posix() for path in paths]
