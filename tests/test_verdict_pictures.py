@@ -8,8 +8,9 @@ import pytest
 import torch
 from anomalib.data import ImageItem
 
+from stpm_plugin.errors import STPMError
 from stpm_plugin.pictures import caption, overlay
-from stpm_plugin.training.verdict_pictures import LONGEST, TRUE, draw
+from stpm_plugin.training.verdict_pictures import LONGEST, TRUE, draw, write
 
 
 def item(folder: Path, level: float, **more) -> ImageItem:
@@ -46,3 +47,12 @@ def test_a_large_image_makes_a_small_picture(tmp_path):
     made = item(tmp_path, 0.2)
     cv2.imwrite(made.image_path, np.zeros((1500, 2000, 3), np.uint8))
     assert draw(made, 0.5).shape == (LONGEST * 3 // 4, 2 * LONGEST, 3)
+
+
+def test_a_picture_is_written_as_it_is_or_its_file_is_named(tmp_path):
+    picture, target = draw(item(tmp_path, 0.9), 0.5), tmp_path / "prüfung.png"
+    write(picture, target)
+    assert (cv2.imdecode(np.frombuffer(target.read_bytes(), np.uint8), cv2.IMREAD_COLOR) == picture).all()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(STPMError, match=r"folder.png cannot be written .*: make room, or set output_dir"):
+        write(picture, tmp_path / "folder.png")

@@ -12,6 +12,7 @@ from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Trainer
 
+from ..errors import STPMError
 from ..pictures import caption, overlay
 
 LONGEST = 512  # pixels of a picture's longer side
@@ -45,9 +46,23 @@ class VerdictPictures(Visualizer):
                 target = generate_output_filename(
                     item.image_path, folder, getattr(data, "name", None), getattr(data, "category", None)
                 )
-                cv2.imwrite(str(target), draw(item, limit))
+                write(draw(item, limit), target)
 
     on_predict_batch_end = on_test_batch_end
+
+
+def write(picture: np.ndarray, target: Path) -> None:
+    """Write a picture (H, W, 3), BGR, uint8, in the format of the target's suffix; the path may hold any letters.
+
+    Raises:
+        STPMError: It cannot be written.
+    """
+    content = cv2.imencode(target.suffix, picture)[1].tobytes()
+    try:
+        target.write_bytes(content)
+    except OSError as error:
+        msg = f"{target} cannot be written ({error.strerror}): make room, or set output_dir to another folder."
+        raise STPMError(msg) from None
 
 
 def draw(item: Any, limit: float) -> np.ndarray:
