@@ -120,6 +120,7 @@ def test_a_threshold_takes_good_readable_images_and_shows_itself(exported, good,
     assert stpm(["threshold", str(exported), "--sensitivity", "0.6", "--out", str(moved)]) == 0
     assert Scorer(moved).verdict == Scorer(exported, sensitivity=0.6).verdict
     (tmp_path / "x.png").write_bytes(b"no image")
+    (tmp_path / "folder").mkdir()
     before = sorted(exported.parent.iterdir())
     for arguments, words in [
         (["--good", "x.png"], "x.png cannot be read as an image"),
@@ -127,6 +128,9 @@ def test_a_threshold_takes_good_readable_images_and_shows_itself(exported, good,
         (["--good", str(next(demo_root.glob("*/train/good")))], "of the 10 images trained the model"),
         (["--good", good, "--value", "1"], "--good and --value each set the threshold: give one of them"),
         (["--false-alarms", "0.1"], "--false-alarms needs good images"),
+        (["--good", good, "--out", "new"], "--out new must be the model's .xml file, such as new.xml"),
+        (["--value", "1", "--out", "new.onnx"], "--out new.onnx must be the model's .xml file, such as new.xml"),
+        (["--value", "1", "--out", "folder"], "--out folder must be the model's .xml file, such as folder/model.xml"),
     ]:
         assert stpm(["threshold", str(exported), *arguments]) == 1
         assert words in capsys.readouterr().err

@@ -38,7 +38,7 @@ class Threshold:
         false_alarms: Share of good images to call anomalous, with --good; by default 0.01.
         value: Raw image score to take as the threshold instead.
         sensitivity: Moves the thresholds instead; in (0, 1), above 0.5 finds more.
-        out: Model to write; by default MODEL_threshold.xml next to the model.
+        out: .xml file to write; by default MODEL_threshold.xml next to the model.
         device: OpenVINO's device.
     """
 
@@ -60,6 +60,7 @@ class Threshold:
         if self.false_alarms is not None and not self.good:
             msg = "--false-alarms needs good images: name a folder of them with --good."
             raise STPMError(msg)
+        check_target(self.out)
         verdict, digests = verdict_of(self.model), list[str]()
         if self.good:
             verdict, digests = renewed(verdict, self)
@@ -72,6 +73,18 @@ class Threshold:
             return 0
         write_with(verdict, self, digests)
         return 0
+
+
+def check_target(out: Path | None) -> None:
+    """Refuse to write anything but an .xml file, before images are scored.
+
+    Raises:
+        STPMError: It has another suffix, or is a folder.
+    """
+    if out is not None and (out.is_dir() or out.suffix != ".xml"):
+        better = out / "model.xml" if out.is_dir() else out.with_suffix(".xml")
+        msg = f"--out {out} must be the model's .xml file, such as {better}."
+        raise STPMError(msg)
 
 
 def verdict_of(model: Path) -> Verdict:
