@@ -24,7 +24,7 @@ from anomalib.models import Stfpm
 from conftest import TEACHER, command, rows, run
 
 from stpm_plugin import __version__
-from stpm_plugin.commands import entry
+from stpm_plugin.commands import entry, report
 from stpm_plugin.commands.config import packaged
 from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.commands.export import datamodule_of
@@ -236,7 +236,10 @@ def test_good_images_alone_give_no_metrics_but_a_threshold(trained_run, place, t
         said = command("stpm", "train", "parts", *LITTLE, "--trainer.callbacks=[]", cwd=place)
         assert "image threshold" in said
         assert "AUROC" not in said
-        assert (place / "results/STPM/parts" / version / "weights/lightning/model.ckpt").is_file()
+        assert "on 8 good images; 2 were held out." in said  # all ten
+        made = place / "results/STPM/parts" / version
+        assert (made / "weights/lightning/model.ckpt").is_file()
+    assert report.test_images(made / "config.yaml", SimpleNamespace(say=print)) == {}
     assert trained_run[0].resolve().name == "v0"
     config = str(ROOT / "configs/folder.yaml")
     data = [f"--data.init_args.root={place}", "--data.init_args.normal_dir=parts", "--trainer.callbacks=[]"]

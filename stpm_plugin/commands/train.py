@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..decoding import read_ignored
-from ..deployment.images import images_below
+from ..deployment.images import HEATMAP, images_below
 from ..errors import STPMError
 from .config import packaged
 from .export import CHECKPOINT, EXPORTED, checkpoint_of
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from anomalib.cli.cli import AnomalibCLI
 
 FEWEST = 3  # good images: one is held out, and the student needs two in a step
+NO_TEST = "--data.init_args.test_split_mode=none"
+OF_TEST = re.compile(r"--data\.(init_args\.)?(abnormal_dir|normal_test_dir|test_split|val_split)")
 DEFECTS = {"bad", "defect", "defective", "defects", "ng", "nok", "not_good", "anomaly", "anomalous", "ground_truth"}
 
 
@@ -33,14 +37,15 @@ class Train:
 
     Prints the threshold, what set it, the false alarms to expect, and the paths of the checkpoint and the exported
     model. With --bad the model is tested too, on the bad images and on good images that it does not train on: those in
-    BAD/good if that folder exists, else a fifth of the good images.
+    BAD/good if that folder exists, else a fifth of the good images. Without --bad no image is set aside for a test.
 
     Options that begin with --model., --data. or --trainer. go to `anomalib train`, such as
     --model.init_args.image_size "[384,384]".
 
     Args:
-        folder: Good images: a folder of them, or one with a subfolder `good`.
-        bad: Folder of images with defects, or of one folder for each kind of defect; used only for the test.
+        folder: Good images: a folder of them, or one with a subfolder `good`. All images below it count as good, so
+            keep masks, heat maps and RESULTS elsewhere.
+        bad: Folder of images with defects, or of one folder for each kind of defect, not both; used only for the test.
         masks: Folder of the defects' masks, with the same layout and names as BAD.
         name: Name of the product, and of its folder below RESULTS; by default FOLDER's name.
         results: Folder for runs; each gets a folder of its own.
@@ -67,6 +72,7 @@ class Train:
     def run(self) -> int:
         """Train; returns 0."""
         good = good_images(self.folder, self.bad)
+        refuse_within(good, self.results, self.masks, self.ignore)
         for folder in filter(None, (good, self.bad, self.masks, self.results)):
             if not str(folder.absolute()).isascii():
                 msg = f"anomalib cannot read paths with non-ASCII letters, and {folder.absolute()} has some: rename it."
@@ -88,13 +94,13 @@ class Train:
             arguments.append(f"--model.init_args.ignore={self.ignore.absolute()}")
         if self.resume is not None:
             arguments.append(f"--ckpt_path={checkpoint_of(self.resume).absolute()}")
+        left = self.results / "STPM" / name / "latest" / CHECKPOINT
+        before = _state(left)
         try:
             run_recipe(self.recipe, name, self.results, [*arguments, *self.passed_on], test=self.bad is not None)
         except KeyboardInterrupt:
-            left = self.results / "STPM" / name / "latest" / CHECKPOINT
-            print(
-                f"stopped; add --resume {left.resolve()} to resume." if left.is_file() else "stopped.", file=sys.stderr
-            )
+            made = _state(left) != before  # else it is the run before's, or there is none
+            print(f"stopped; add --resume {left.resolve()} to resume." if made else "stopped.", file=sys.stderr)
             return STOPPED
         return 0
 
@@ -122,8 +128,9 @@ def run_recipe(recipe: str, name: str, results: Path, arguments: list[str], test
     if results.exists() and not results.is_dir():
         msg = f"--results {results} is a file: name a folder."
         raise STPMError(msg)
-    require_stpm(file)
-    given = [f"--default_root_dir={results}", *arguments]
+    settings = require_stpm(file)
+    unused = not (test or names_test(settings, arguments))  # else anomalib sets good images aside for it
+    given = [f"--default_root_dir={results}", *([NO_TEST] if unused else []), *arguments]
     log, started = results / f"{name}.log", time.monotonic()
 
     def work(terminal: Quiet) -> Path:
@@ -133,7 +140,7 @@ def run_recipe(recipe: str, name: str, results: Path, arguments: list[str], test
             terminal.say("testing ...")
             made.engine.test(made.model, datamodule=made.datamodule)
         terminal.say(f"trained in {in_words(time.monotonic() - started)} {account(made, test)}")
-        terminal.say(where(folder))
+        terminal.say(where(folder, tested=not unused))
         return folder
 
     folder = logged(log, "the training", work)
@@ -141,14 +148,14 @@ def run_recipe(recipe: str, name: str, results: Path, arguments: list[str], test
     return folder
 
 
-def require_stpm(recipe: Path) -> None:
-    """Refuse a recipe that trains another model, which `anomalib train` is for.
+def require_stpm(recipe: Path) -> dict[str, Any]:
+    """A recipe's settings; one that trains another model is refused, which `anomalib train` is for.
 
     Raises:
         STPMError: It does, or it is no YAML.
     """
     try:
-        settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        settings: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         trained = settings["model"]["class_path"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
         msg = f"--recipe {recipe} is not a YAML of settings with model and data: `stpm config folder` writes one."
@@ -156,6 +163,16 @@ def require_stpm(recipe: Path) -> None:
     if trained.rpartition(".")[2] != "STPM":
         msg = f"--recipe {recipe} trains {trained}, but this command only STPM: use `anomalib train -c {recipe}`."
         raise STPMError(msg)
+    return settings
+
+
+def names_test(settings: dict[str, Any], arguments: list[str]) -> bool:
+    """Whether a recipe or more options name test images, or a validation set that may be split off them."""
+    if any(OF_TEST.match(each) for each in arguments):
+        return True
+    data = settings.get("data")
+    given = (data.get("init_args") if isinstance(data, dict) else None) or {}
+    return bool(given.get("abnormal_dir") or given.get("normal_test_dir")) or given.get("val_split_mode") != "none"
 
 
 def good_images(folder: Path, bad: Path | None) -> Path:
@@ -174,16 +191,57 @@ def good_images(folder: Path, bad: Path | None) -> Path:
         raise STPMError(msg)
     good = (folder / "good" if (folder / "good").is_dir() else folder).absolute()
     odd = sorted(each.name for each in good.iterdir() if each.is_dir() and each.name.lower() in DEFECTS)
-    if bad is not None and good in (bad.absolute(), *bad.absolute().parents):
+    if bad is not None and _within(bad, good):
         odd = [str(bad)]
     if odd:
         msg = f"{good} holds {odd[0]}, whose images would count as good: put the good images in a folder {good}/good."
+        raise STPMError(msg)
+    if bad is not None and _within(good, bad):
+        msg = f"--bad {bad} holds {good}, so good images would count as bad: name a folder of bad images alone."
         raise STPMError(msg)
     count = len(images_below(good))
     if count < FEWEST:
         msg = f"{good} holds {count} images, and a training needs at least {FEWEST}: name a folder of good images."
         raise STPMError(msg)
     return good
+
+
+def refuse_within(good: Path, results: Path, masks: Path | None, ignore: Path | None) -> None:
+    """Refuse what lies below the folder of good images and is none: anomalib trains on all images below it.
+
+    Raises:
+        STPMError: A mask, a folder of masks, results or heat maps lie there.
+    """
+    for option, path, remedy in (
+        ("--ignore", ignore, "move it out of that folder"),
+        ("--masks", masks, "move it out of that folder"),
+        ("--results", results, "name a folder outside with --results"),
+    ):
+        if path is not None and _within(path, good):
+            msg = f"{option} {path} lies below {good}, where every image counts as good: {remedy}."
+            raise STPMError(msg)
+    if (good / "results" / "STPM").is_dir():
+        msg = f"{good / 'results'} lies among the good images, and its pictures would count as good: move it."
+        raise STPMError(msg)
+    refuse_heatmaps(good)
+
+
+def refuse_heatmaps(folder: Path) -> None:
+    """Refuse a folder with heat maps of `stpm score`, which anomalib would read as images.
+
+    Raises:
+        STPMError: It holds some.
+    """
+    drawn = next(folder.rglob(f"*{HEATMAP}"), None)
+    if drawn is not None:
+        msg = f"{folder} holds heat maps, such as {drawn}, which would count as images: move them to another folder."
+        raise STPMError(msg)
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Whether a path, which need not exist, is a folder or lies below it, by its own name or where it links to."""
+    places = [path.resolve(), *([path.parent.resolve() / path.name] if path.is_symlink() else [])]
+    return any(folder.resolve() in (each, *each.parents) for each in places)
 
 
 def settings_of_test(bad: Path | None, masks: Path | None) -> dict[str, object]:
@@ -218,15 +276,23 @@ def kinds_below(folder: Path, option: str) -> list[Path]:
     """The folders of each kind of defects, or the folder itself; absolute.
 
     Raises:
-        STPMError: It is not a folder, or has no images.
+        STPMError: It is not a folder, has no images of a kind, or has both loose images and folders of them.
     """
     if not folder.is_dir():
         msg = f"{option} {folder} is {'a file' if folder.exists() else 'not there'}: name a folder."
         raise STPMError(msg)
-    below = [each.absolute() for each in sorted(folder.iterdir()) if each.is_dir() and each.name != "good"]
-    kinds = [each for each in below if images_below(each)] or [folder.absolute()]
-    if not images_below(kinds[0]):
-        msg = f"{option} {folder} holds no image."
+    refuse_heatmaps(folder)
+    loose = [image for image in images_below(folder.absolute()) if Path(image).parent == folder.resolve()]
+    below = [each for each in sorted(folder.absolute().iterdir()) if each.is_dir() and images_below(each)]
+    if loose and below:
+        msg = (
+            f"{option} {folder} holds both loose images, such as {Path(loose[0]).name}, and the folder "
+            f"{below[0].name}: move the loose images to a folder of their own."
+        )
+        raise STPMError(msg)
+    kinds = [folder.absolute()] if loose else [each for each in below if each.name != "good"]
+    if not kinds:
+        msg = f"{option} {folder} holds no image{' but those in its folder good' if below else ''}."
         raise STPMError(msg)
     return kinds
 
@@ -255,16 +321,22 @@ def account(made: AnomalibCLI, test: bool) -> str:
     return said
 
 
-def where(folder: Path) -> str:
-    """The paths of what a run left, and what to do next."""
+def where(folder: Path, tested: bool) -> str:
+    """The paths of what a run left, and what to do next; `stpm report` needs test images."""
     exported = folder / EXPORTED
     said = f"model: {folder / CHECKPOINT}"
     if exported.is_file():
+        report = f"stpm report {folder}, or " if tested else ""
         said += f"\nexported: {exported}"
-        said += f"\nnext: stpm report {folder}, or stpm score {exported} IMAGES --csv scores.csv --heatmaps maps"
+        said += f"\nnext: {report}stpm score {exported} IMAGES --csv scores.csv --heatmaps maps"
     return said
 
 
+def _state(file: Path) -> tuple[Path, int] | None:
+    """A file's path without links and when it was written, to see whether another has taken its place."""
+    return (file.resolve(), file.stat().st_mtime_ns) if file.is_file() else None
+
+
 def _as_yaml(value: object) -> str:
-    """A value as an option of jsonargparse's takes it."""
-    return "[" + ", ".join(f'"{each}"' for each in value) + "]" if isinstance(value, list) else str(value)
+    """A value as an option of jsonargparse's takes it; JSON is YAML, and escapes the backslashes of Windows."""
+    return json.dumps([str(each) for each in value]) if isinstance(value, list) else str(value)
