@@ -167,11 +167,15 @@ def require_stpm(recipe: Path) -> dict[str, Any]:
 
 
 def names_test(settings: dict[str, Any], arguments: list[str]) -> bool:
-    """Whether a recipe or more options name test images, or a validation set that may be split off them."""
-    if any(OF_TEST.match(each) for each in arguments):
-        return True
+    """Whether a recipe or more options name test images, or a validation set that may be split off them.
+
+    Other data sets than anomalib's ``Folder`` bring test images of their own.
+    """
     data = settings.get("data")
-    given = (data.get("init_args") if isinstance(data, dict) else None) or {}
+    known = data if isinstance(data, dict) else {}
+    if any(OF_TEST.match(each) for each in arguments) or str(known.get("class_path")).rpartition(".")[2] != "Folder":
+        return True
+    given = known.get("init_args") or {}
     return bool(given.get("abnormal_dir") or given.get("normal_test_dir")) or given.get("val_split_mode") != "none"
 
 
