@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 from conftest import rows, run
+from PIL import Image
 
 from stpm_plugin.commands.entry import main as stpm
 
@@ -72,6 +73,17 @@ def test_a_lost_workers_images_are_scored_again(address, exported, numbered_imag
         assert [row[name] for row in one] == [row[name] for row in other]
     for here, there in zip(one, other, strict=True):
         assert float(here["score"]) == pytest.approx(float(there["score"]), rel=1e-3, abs=1e-4)
+
+
+def test_a_refused_image_is_named_and_the_others_are_scored(address, exported, numbered_images, tmp_path):
+    mask, table = tmp_path / "mask.png", tmp_path / "s.csv"
+    with Image.open(numbered_images / "frame 7.png") as image:
+        Image.new("L", image.size).save(mask)
+    command = [str(exported), str(numbered_images), "--ignore", str(mask), "--csv"]
+    assert stpm(["score", *command, str(tmp_path / "here.csv")]) == 2
+    said = run("-m", "stpm_plugin.commands", "score", *command, str(table), "--ray", address, check=False)
+    assert f"pixels and the mask {mask} has" in said
+    assert [row["path"] for row in rows(table)] == [row["path"] for row in rows(tmp_path / "here.csv")] != []
 
 
 def test_weights_beside_an_onnx_file_are_sent_along(address, exported_to_onnx, numbered_images, tmp_path):

@@ -126,6 +126,7 @@ class Actor:
                 Path(folder, name).write_bytes(content)
             here = {name: Path(folder, Path(options[name]).name) for name in ("model", "ignore") if options.get(name)}
             self.worker = Worker(Scorer(**{**options, **here}), heatmaps, root, regions)
+        self.worker.scorer.ignore = options.get("ignore")  # messages name the user's file
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """Score a block of paths: per path its verdict and why it was refused, as text, in order.
