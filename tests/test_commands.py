@@ -292,6 +292,18 @@ def test_the_doctor_says_what_is_missing_and_what_would_help(tmp_path, monkeypat
     assert any(line.startswith("! 0.2 GiB free on the disk of ") for line in lines)
 
 
+def test_the_doctor_needs_neither_torch_nor_psutil():
+    absent = dict.fromkeys(("torch", "anomalib", "lightning", "timm", "psutil", "rich", "scipy"))
+    code = (
+        f"import sys; sys.modules |= {absent}; from stpm_plugin.commands.entry import main; sys.exit(main(['doctor']))"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (made.returncode, made.stderr) == (1, "")
+    for name, module in (("the processor", "psutil"), ("training", "torch"), ("the teacher's weights", "timm")):
+        assert f"! {name} could not be checked: {module} cannot be imported" in made.stdout
+    assert "  score computes in float32" in made.stdout
+
+
 def test_a_worn_out_run_folder_is_named(trained_run, tmp_path, capsys):
     shutil.copytree(trained_run[0], tmp_path / "moved")
     (tmp_path / "moved/weights/openvino/model.xml").unlink()

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
-
 PACKAGES = ("stpm-plugin", "anomalib", "torch", "timm", "lightning", "openvino", "nncf", "numpy", "opencv-python")
 GIB = 2**30
 
@@ -39,8 +37,16 @@ class Doctor:
     def findings(self) -> Iterator[tuple[bool, str]]:
         """The findings: for each, whether it is fine, and a line."""
         yield from packages()
-        yield from machine()
-        yield from networks()
+        for name, part in (
+            ("the processor", machine),
+            ("training", training),
+            ("scoring", scoring),
+            ("the teacher's weights", networks),
+        ):
+            try:
+                yield from part()
+            except ImportError as error:  # each part imports what it asks
+                yield False, f"{name} could not be checked: {error.name or error} cannot be imported"
         yield from disk(self.results)
 
 
@@ -65,21 +71,38 @@ def packages() -> Iterator[tuple[bool, str]]:
 
 
 def machine() -> Iterator[tuple[bool, str]]:
-    """Processor, memory and GPU, and in what they compute."""
+    """Processor and memory."""
     import openvino as ov
+    import psutil
+
+    cores, free = os.cpu_count(), psutil.virtual_memory().available
+    name = ov.Core().get_property("CPU", "FULL_DEVICE_NAME")
+    yield True, f"{name}, {cores} cores, {free / GIB:.1f} GiB of memory free"
+
+
+def training() -> Iterator[tuple[bool, str]]:
+    """Processor and GPU for training, and in what they compute."""
     import torch
 
     from ..training.lightning_model import native_bf16
 
-    cpu, core = torch.device("cpu"), ov.Core()
-    cores, free = os.cpu_count(), psutil.virtual_memory().available
-    yield True, f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}, {cores} cores, {free / GIB:.1f} GiB of memory free"
-    offered = [name for name in ("FP32", "BF16", "FP16", "INT8") if name in _capabilities(core, "CPU")]
-    speed = "bfloat16" if native_bf16(cpu) else "float32, 3 to 4 times slower than with bfloat16 (AVX512-BF16 or AMX)"
+    speed = (
+        "bfloat16"
+        if native_bf16(torch.device("cpu"))
+        else "float32, 3 to 4 times slower than with bfloat16 (AVX512-BF16 or AMX)"
+    )
     yield True, f"train computes on the processor in {speed}"
     if torch.cuda.is_available():
         kind = "bfloat16" if native_bf16(torch.device("cuda")) else "float32"
         yield True, f"train uses the GPU by default: {torch.cuda.get_device_name()}, in {kind}"
+
+
+def scoring() -> Iterator[tuple[bool, str]]:
+    """Devices for scoring, and in what they compute."""
+    import openvino as ov
+
+    core = ov.Core()
+    offered = [name for name in ("FP32", "BF16", "FP16", "INT8") if name in _capabilities(core, "CPU")]
     others = ", ".join(name for name in core.available_devices if name != "CPU")
     yield True, f"score computes in float32; on the processor OpenVINO offers {', '.join(offered)} (--precision)"
     yield True, f"score --device also takes {others}" if others else "score has no device other than the processor"
