@@ -1,8 +1,13 @@
+from pathlib import Path
+
 import cv2
+import numpy as np
 import torch
+from anomalib.data import InferenceBatch
+from anomalib.post_processing import PostProcessor
 from PIL import Image
 
-from stpm_plugin import STPM
+from stpm_plugin import STPM, STPMPostProcessor
 from stpm_plugin.commands import explain
 from stpm_plugin.commands.entry import main as stpm
 
@@ -40,3 +45,29 @@ def test_a_checkpoint_keeps_the_curve(trained):
     kept = torch.load(trained, weights_only=True)["stpm"]
     assert len(kept["scores"]) == 3
     assert kept["scores"][kept["epoch"]] == min(kept["scores"]) == kept["score"]
+
+
+def test_limits_are_those_of_the_labels():
+    good = torch.tensor([0.1, 0.2, 0.3])
+    scores, maps = torch.linspace(0.01, 1, 100), torch.linspace(0.01, 1, 100).reshape(-1, 1, 1, 1)
+    for options in ({}, {"image_sensitivity": 0.7, "pixel_sensitivity": 0.2}):
+        for normalizes in (True, False):
+            judge = STPMPostProcessor(0.9, enable_normalization=normalizes, **options)
+            judge.set_from_normal_images(good, 2 * good)
+            made, limits = judge(InferenceBatch(pred_score=scores, anomaly_map=maps)), explain.limits_of(judge)
+            assert ((made.pred_score > limits.image) == made.pred_label).all()
+            assert ((made.anomaly_map > limits.pixel) == made.pred_mask).all()
+    assert explain.limits_of(PostProcessor(image_sensitivity=0.25)) == (0.75, 0.5)
+    assert explain.limits_of(STPMPostProcessor(enable_normalization=False)) == (None, None)  # not trained
+    assert explain.limits_of(PostProcessor(enable_thresholding=False)) == explain.limits_of(None) == (None, None)
+
+
+def test_line_and_contour_are_at_the_limits():
+    axis = explain.draw_scores([0.1, 0.9], ["good", "dent"], 0.3).axes[0]
+    assert [line.get_xdata()[0] for line in axis.lines] == [0.3]
+    assert not explain.draw_scores([0.1], ["good"], None).axes[0].lines
+    anomaly_map = np.linspace(0, 0.4, 64).reshape(8, 8)
+    seen = explain.Seen(Path("a/x.png"), np.zeros((8, 8, 3)), [anomaly_map], anomaly_map, 0.4, True)
+    contours = [explain.draw_image(seen, ["layer1"], limit).axes[-1].collections for limit in (0.2, 0.5, None)]
+    assert [len(each) for each in contours] == [1, 0, 0]
+    assert contours[0][0].levels == [0.2]

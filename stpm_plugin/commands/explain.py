@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..decoding import UNREADABLE
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 TRAINED = "training images"  # in place of their folder
 NORMAL, ANOMALOUS, OTHER = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito's, safe for colour-blind readers
-THRESHOLD = 0.5  # of normalised scores
 
 
 @dataclass
@@ -62,6 +62,21 @@ class Seen(NamedTuple):
     label: bool | None
 
 
+class Limits(NamedTuple):
+    """Above them a model's scores and map values are anomalous; ``None`` where it sets no threshold."""
+
+    image: float | None
+    pixel: float | None
+
+
+def limits_of(post_processor: nn.Module | None) -> Limits:
+    """The limits of a post-processor, at its sensitivities, on the scale of what it returns."""
+    if not getattr(post_processor, "enable_thresholding", False):
+        return Limits(None, None)
+    values = [float(getattr(post_processor, f"normalized_{kind}_threshold", math.nan)) for kind in Limits._fields]
+    return Limits(*(None if math.isnan(value) else value for value in values))
+
+
 @torch.inference_mode()
 def look(model: STPM, path: str, image: np.ndarray) -> Seen:
     """Score an image (H, W, 3) BGR and keep each level's distances, upsampled to the anomaly map's size."""
@@ -78,8 +93,8 @@ def _plane(anomaly_map: Tensor) -> np.ndarray:
     return anomaly_map.reshape(anomaly_map.shape[-2:]).numpy()
 
 
-def draw_image(seen: Seen, layers: Sequence[str | int]) -> Figure:
-    """Draw an image, each level's distances on their own scale, and the anomaly map with the threshold's contour."""
+def draw_image(seen: Seen, layers: Sequence[str | int], limit: float | None) -> Figure:
+    """Draw an image, each level's distances on their own scale, and the anomaly map with a contour at its limit."""
     figure = Figure(figsize=(2.2 * (len(layers) + 2), 2.7), layout="constrained")
     axes = figure.subplots(1, len(layers) + 2)
     axes[0].imshow(seen.image)
@@ -88,8 +103,8 @@ def draw_image(seen: Seen, layers: Sequence[str | int]) -> Figure:
         axis.imshow(level, cmap="viridis")
         axis.set_title(f"{name}: at most {level.max():.2g}", fontsize=8)
     axes[-1].imshow(seen.anomaly_map, cmap="viridis", vmin=0, vmax=max(1.0, float(seen.anomaly_map.max())))
-    if seen.label is not None and seen.anomaly_map.max() > THRESHOLD:
-        axes[-1].contour(seen.anomaly_map, [THRESHOLD], colors="white", linewidths=1)
+    if limit is not None and seen.anomaly_map.min() < limit < seen.anomaly_map.max():
+        axes[-1].contour(seen.anomaly_map, [limit], colors="white", linewidths=1)
     word = {None: "", False: ", normal", True: ", anomalous"}[seen.label]
     axes[-1].set_title(f"anomaly map; score {seen.score:.2f}{word}", fontsize=8)
     for axis in axes:
@@ -97,8 +112,8 @@ def draw_image(seen: Seen, layers: Sequence[str | int]) -> Figure:
     return figure
 
 
-def draw_scores(scores: Sequence[float], folders: Sequence[str]) -> Figure:
-    """Draw a histogram of image scores with the threshold, good images apart if a folder is named `good`."""
+def draw_scores(scores: Sequence[float], folders: Sequence[str], limit: float | None) -> Figure:
+    """Draw a histogram of image scores with their limit, good images apart if a folder is named `good`."""
     figure = Figure(figsize=(5, 3), layout="constrained")
     axis = figure.subplots()
     bins = np.linspace(0, max(1.0, *scores), 41).tolist()
@@ -111,7 +126,8 @@ def draw_scores(scores: Sequence[float], folders: Sequence[str]) -> Figure:
         axis.hist(values[~good & ~trained], bins, color=ANOMALOUS, alpha=0.7, label="others")
     elif not trained.all():
         axis.hist(values[~trained], bins, color=ANOMALOUS if trained.any() else OTHER, alpha=0.7, label="images")
-    axis.axvline(THRESHOLD, color="black", linestyle="--", label="threshold")
+    if limit is not None:
+        axis.axvline(limit, color="black", linestyle="--", label="threshold")
     axis.set(xlabel="image score", ylabel="images")
     axis.legend()
     return figure
@@ -137,6 +153,7 @@ def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int
     trained = trained_on(model, paths)
     if trained:
         print(f"{len(trained)} of the images trained the model: their scores say nothing about other good images")
+    limits = limits_of(model.post_processor)
     broken: list[str] = []
     seen: list[Seen] = []
     scores: list[float] = []
@@ -149,9 +166,9 @@ def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int
     out.mkdir(parents=True, exist_ok=True)
     for number, found in enumerate(seen):
         name = f"{number:02d}-{found.path.parent.name}-{found.path.stem}.png"
-        draw_image(found, model.model.teacher.layers).savefig(out / name, dpi=110)
+        draw_image(found, model.model.teacher.layers, limits.pixel).savefig(out / name, dpi=110)
     if scores:
-        draw_scores(scores, folders).savefig(out / "scores.png", dpi=110)
+        draw_scores(scores, folders, limits.image).savefig(out / "scores.png", dpi=110)
     kept = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(CHECKPOINT_KEY, {})
     if kept.get("scores"):
         draw_training(kept["scores"], kept["epoch"]).savefig(out / "training.png", dpi=110)
