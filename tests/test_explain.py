@@ -1,7 +1,9 @@
+import math
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.post_processing import PostProcessor
@@ -71,3 +73,18 @@ def test_line_and_contour_are_at_the_limits():
     contours = [explain.draw_image(seen, ["layer1"], limit).axes[-1].collections for limit in (0.2, 0.5, None)]
     assert [len(each) for each in contours] == [1, 0, 0]
     assert contours[0][0].levels == [0.2]
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen", "score", "epochs"),
+    [
+        ([0.3, 0.1, 0.2], 1, 0.1, [0, 1, 2]),
+        ([0.3, 0.1, 0.2], 8, 0.1, [7, 8, 9]),  # the choice started over in epoch 7
+        ([math.nan, 0.1], 5, 0.1, [4, 5]),
+    ],
+)
+def test_epochs_are_counted_from_the_chosen_one(scores, chosen, score, epochs):
+    curve, mark = explain.draw_training(scores, chosen, score).axes[0].lines
+    assert [*curve.get_xdata()] == epochs
+    assert [*mark.get_xdata()] == [chosen]
+    assert [*mark.get_ydata()] == [score]

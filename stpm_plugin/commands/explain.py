@@ -133,12 +133,19 @@ def draw_scores(scores: Sequence[float], folders: Sequence[str], limit: float | 
     return figure
 
 
-def draw_training(scores: Sequence[float], chosen: int) -> Figure:
-    """Draw the held-out score over the epochs, the selected one marked."""
+def draw_training(scores: Sequence[float], chosen: int, score: float) -> Figure:
+    """Draw the held-out score over the epochs, the selected one marked.
+
+    Args:
+        scores: Score of each epoch since the choice began, which is not epoch 0 if it started over in a resumed run.
+        chosen: The selected epoch.
+        score: Its score, one of ``scores``.
+    """
+    first = chosen - scores.index(score)
     figure = Figure(figsize=(5, 3), layout="constrained")
     axis = figure.subplots()
-    axis.plot(range(len(scores)), scores, "o-", ms=3, color=NORMAL, label="held-out score")
-    axis.plot(chosen, scores[chosen], "s", ms=8, color=ANOMALOUS, label=f"chosen: epoch {chosen}")
+    axis.plot(range(first, first + len(scores)), scores, "o-", ms=3, color=NORMAL, label="held-out score")
+    axis.plot(chosen, score, "s", ms=8, color=ANOMALOUS, label=f"chosen: epoch {chosen}")
     axis.set(xlabel="epoch", ylabel="mean anomaly map, good images", yscale="log")
     axis.legend()
     return figure
@@ -170,8 +177,8 @@ def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int
     if scores:
         draw_scores(scores, folders, limits.image).savefig(out / "scores.png", dpi=110)
     kept = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(CHECKPOINT_KEY, {})
-    if kept.get("scores"):
-        draw_training(kept["scores"], kept["epoch"]).savefig(out / "training.png", dpi=110)
+    if math.isfinite(kept.get("score", math.nan)):  # NaN without held-out images
+        draw_training(kept["scores"], kept["epoch"], kept["score"]).savefig(out / "training.png", dpi=110)
     for path in broken:
         print(f"{path} {UNREADABLE}.", file=sys.stderr)
     print(f"wrote {len(seen)} panels to {out}, and scores.png and training.png where there was something to draw")
