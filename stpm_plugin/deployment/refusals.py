@@ -47,7 +47,7 @@ def require_size(name: str, size: tuple[int, ...], only: tuple[int, int] | None,
     if only is not None and only != size:
         msg = (
             f"{name} has {size[0]} x {size[1]} pixels, and the model was exported for images of "
-            f"{only[0]} x {only[1]}: export it without --input_size."
+            f"{only[0]} x {only[1]}: export it without --input-size."
         )
         raise ImageError(msg)
     if min(size) < smallest:

@@ -1,8 +1,8 @@
 """As many threads as there are processors free for them.
 
 Threads that share a processor wait for each other in every convolution, and oneDNN's and libgomp's spin while they
-wait: on two cores, next to one busy process, a fit takes 2.7 times as long, and in bfloat16 still longer. With one
-thread for each free processor it takes 1.6 to 1.8 times as long (`docs/speed.md`).
+wait: on two cores, next to one busy process, a fit takes 2.6 times as long, and in bfloat16 still longer. With one
+thread for each free processor it takes 1.3 to 1.8 times as long (`docs/speed.md`).
 """
 
 from __future__ import annotations
