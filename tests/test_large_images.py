@@ -11,6 +11,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+import yaml
 from anomalib.data import Folder, PredictDataset
 from anomalib.engine import Engine
 from conftest import checkpoint_in, command, exported_in, fit, loaded
@@ -19,6 +20,7 @@ from PIL import Image
 
 from benchmarks.large_images import settings_of
 from stpm_plugin import STPM, DemoData, STPMModel, STPMPreProcessor
+from stpm_plugin.commands.config import packaged
 from stpm_plugin.deployment import large_images
 from stpm_plugin.deployment.scorer import Scorer
 from stpm_plugin.errors import STPMError
@@ -65,7 +67,9 @@ def test_a_network_that_sees_the_whole_image_takes_no_windows(backbone):
 
 def test_a_benchmarks_size_is_the_models():
     assert settings_of("384") == {"image_size": (384, 384)}
-    assert settings_of("own") == {"image_size": None, "batch_size": 1}
+    recipe = yaml.safe_load(packaged("native").read_text(encoding="utf-8"))["model"]["init_args"]
+    own = settings_of("own")
+    assert own | {"steps": list(own["steps"])} == {name: recipe[name] for name in own}
     assert settings_of("own-160") == settings_of("own") | {"crop_size": 160}
 
 
