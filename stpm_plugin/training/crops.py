@@ -1,6 +1,6 @@
 """Training at the images' own size: each step draws windows, and counts the positions that equal the whole image's.
 
-The teacher sees the same window as the student, rather than the whole image once: a run of 600 steps looks at a few
+The teacher sees the same window as the student, rather than the whole image once: a run of 300 steps looks at a few
 hundred windows, and a hundred images of four megapixels have 6,000.
 """
 
