@@ -1,5 +1,6 @@
 """The CSV of verdicts: what a row belongs to, and what becomes of the file."""
 
+import errno
 import json
 import os
 import shutil
@@ -85,7 +86,8 @@ def test_rows_of_another_model_or_other_settings_are_refused(option, exported, i
         (tmp_path / "other.bin").write_bytes(weights)
     assert stpm(["score", *command]) == 1
     said = capsys.readouterr().err
-    assert ("holds scores by the model" if option == "model" else "holds scores by other settings (CPU f32)") in said
+    others = "another model (" if option == "model" else "other settings (CPU f32, these are"
+    assert f"contains scores from {others}" in said
     assert "--restart" in said
     assert table.read_bytes() == before
     assert stpm(["score", *command, "--restart"]) == 0
@@ -155,6 +157,37 @@ def test_two_processes_write_no_table_together(exported, images, tmp_path, capsy
     with Table(table, "model", "settings"):
         assert stpm(["score", str(exported), str(images), "--csv", str(table)]) == 1
     assert "is being written by another process" in capsys.readouterr().err
+
+
+@posix
+def test_a_table_that_another_process_made_meanwhile_is_refused(tmp_path, monkeypatch):
+    """Else this process would replace it, and the other one's rows would go to a file without a name."""
+    fcntl = pytest.importorskip("fcntl")
+    path, lock = tmp_path / "s.csv", fcntl.flock
+
+    def late(file, how):
+        other = tmp_path / "other.csv"
+        other.write_bytes(b"")
+        other.replace(path)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(STPMError, match=r"s\.csv is being written by another process"):
+        Table(path, "model", "settings")
+    assert path.read_bytes() == b""
+
+
+@posix
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(file, how):
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_RDWR  # NFS locks only files that may be written
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(STPMError, match=r"cannot be locked \(No locks available\): choose a file on a local disk"):
+        Table(tmp_path / "s.csv", "model", "settings")
 
 
 def test_no_open_table_is_replaced_on_windows(tmp_path, monkeypatch):
@@ -288,6 +321,6 @@ def test_a_damaged_table_is_one_sentence(tmp_path):
 def test_a_table_that_is_refused_is_not_touched(tmp_path):
     (tmp_path / "s.csv").write_text(f"{HEADER}\r\n/a.png,1,1,,,1,1,1.0,other,x\r\n/cut")
     before = (tmp_path / "s.csv").read_bytes()
-    with pytest.raises(STPMError, match="holds scores by the model other"):
+    with pytest.raises(STPMError, match=r"contains scores from another model \(other, this one is"):
         Table(tmp_path / "s.csv", "mine", "x")
     assert (tmp_path / "s.csv").read_bytes() == before

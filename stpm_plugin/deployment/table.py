@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ..errors import STPMError
 from .images import VIDEOS
@@ -94,8 +94,8 @@ class Table:
             fresh = kept if log else [row for row in kept if _stamp_of(row[0], here) == Stamp(row[6], row[7])]
             self.replaced = len(kept) - len(fresh)
             self.rows = {row[0]: row for row in fresh}
-            if old is None or self._torn or len(fresh) < len(kept) or restart:
-                if old is not None and fcntl is None:
+            if self._torn or len(fresh) < len(kept) or restart:
+                if fcntl is None:
                     old.close()  # Windows replaces no open file; elsewhere closing it would unlock it
                 self._replace(fresh)
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
@@ -146,23 +146,21 @@ class Table:
         """Close the file."""
         self.close()
 
-    def _read(self, old: io.BufferedReader | None, restart: bool) -> list[list[str]]:
+    def _read(self, old: BinaryIO, restart: bool) -> list[list[str]]:
         """Read the complete rows of a file, after a check of its first line.
 
         Raises:
             STPMError: It is not a table, or one of another model or other settings.
         """
-        self._torn = False
-        if old is None:
-            return []
         whole, self._torn = _whole_rows(old, self.path, restart)
         others = {(row[8], row[9]) for row in whole} - {(self.model, self.settings)}
         if others:
             model, settings = sorted(others)[0]
-            what = f"the model {model}" if model != self.model else f"other settings ({settings})"
-            mine = f"this model is {self.model}" if model != self.model else f"these are {self.settings}"
+            what = f"another model ({model}" if model != self.model else f"other settings ({settings}"
+            mine = f"this one is {self.model})" if model != self.model else f"these are {self.settings})"
             msg = (
-                f"{self.path} holds scores by {what}, and {mine}: give --csv another file, or --restart to replace it."
+                f"{self.path} contains scores from {what}, {mine}: choose another file with --csv, or replace it with "
+                "--restart."
             )
             raise STPMError(msg)
         return whole
@@ -193,13 +191,13 @@ def read_rows(path: Path) -> list[list[str]]:
         STPMError: There is no such file, or it is not a table.
     """
     if not path.is_file():
-        msg = f"{path} does not exist: name a CSV that `stpm score` wrote."
+        msg = f"{path} does not exist: pass a CSV that `stpm score` wrote."
         raise STPMError(msg)
     with path.open("rb") as file:
         return list({row[0]: row for row in _whole_rows(file, path, restart=False)[0]}.values())
 
 
-def _whole_rows(file: io.BufferedReader, path: Path, restart: bool) -> tuple[list[list[str]], bool]:
+def _whole_rows(file: BinaryIO, path: Path, restart: bool) -> tuple[list[list[str]], bool]:
     """Read the complete rows of a file, after a check of its first line; returns whether there were others too.
 
     Raises:
@@ -207,11 +205,11 @@ def _whole_rows(file: io.BufferedReader, path: Path, restart: bool) -> tuple[lis
     """
     first = file.readline(4 * len(HEADER)).removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
     if first == OLD_HEADER:
-        msg = f"{path} is of version 0.1.0, which did not record the model of a score: give --csv a new file."
+        msg = f"{path} is of version 0.1.0, which did not record the model of a score: choose a new file with --csv."
         raise STPMError(msg)
     empty = file.tell() == 0
     if not empty and first != HEADER:
-        msg = f"{path} is not a CSV of scores (its first row is not {HEADER.decode()}): give --csv another file."
+        msg = f"{path} is not a CSV of scores (its first row is not {HEADER.decode()}): choose another file with --csv."
         raise STPMError(msg)
     if restart:
         return [], False
@@ -220,7 +218,7 @@ def _whole_rows(file: io.BufferedReader, path: Path, restart: bool) -> tuple[lis
     try:
         rows = [row for row in csv.reader(io.StringIO(content.decode("utf-8", "replace"), newline="")) if row]
     except csv.Error as error:
-        msg = f"{path} is damaged ({error}): give --csv another file, or --restart to replace it."
+        msg = f"{path} is damaged ({error}): choose another file with --csv, or replace it with --restart."
         raise STPMError(msg) from None
     if torn and rows:
         rows = rows[:-1]
@@ -242,19 +240,16 @@ def _line(row: list[str]) -> bytes:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[io.BufferedReader | None]:
-    """Open a file for reading while no other process writes it; yields ``None`` where there is none.
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """Open a file while no other process writes it; where there is none, an empty one is made.
 
     Raises:
         STPMError: Another process writes it, or it is a device or a folder.
     """
-    if not path.exists():
-        yield None
-        return
-    if not path.is_file():
-        msg = f"{path} is not a regular file: give --csv a file."
+    if path.exists() and not path.is_file():
+        msg = f"{path} is not a regular file: choose a file with --csv."
         raise STPMError(msg)
-    with path.open("rb") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "rb") as file:
         _lock(file.fileno(), path)
         yield file
 
@@ -263,12 +258,18 @@ def _lock(file: int, path: Path) -> None:
     """Lock an open file for this process.
 
     Raises:
-        STPMError: Another process has it.
+        STPMError: Another process has it, or has replaced it since it was opened; or its file system has no locks.
     """
     if fcntl is None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        msg = f"{path} is being written by another process: wait for it, or give --csv another file."
+        free = path.exists() and os.path.samestat(os.fstat(file), path.stat())
+    except BlockingIOError:
+        free = False
+    except OSError as error:
+        msg = f"{path} cannot be locked ({error.strerror}): choose a file on a local disk with --csv."
         raise STPMError(msg) from None
+    if not free:
+        msg = f"{path} is being written by another process: wait for it, or choose another file with --csv."
+        raise STPMError(msg)
