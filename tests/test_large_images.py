@@ -28,7 +28,7 @@ from stpm_plugin.model import network
 from stpm_plugin.model.matching import anomaly_map, distances, loss_of
 from stpm_plugin.model.reach import reaches, stitched
 from stpm_plugin.model.windows import Reach, Span, Window, cut, drawn, over
-from stpm_plugin.training import crops
+from stpm_plugin.training import crops, feature_cache
 from stpm_plugin.training.crops import draw_window, unspoilt
 from stpm_plugin.training.feature_cache import ImageCache
 from stpm_plugin.training.worst_windows import around_peaks
@@ -240,11 +240,14 @@ def test_it_matters_not_where_images_are_kept(cache, own_size, tmp_path):
         assert torch.equal(value, model.model.student.state_dict()[name]), name
 
 
-def test_bytes_are_kept_as_they_were_read(tmp_path):
-    images = [torch.randint(0, 256, (3, side, 7), dtype=torch.uint8) for side in (5, 9)]
+def test_bytes_are_kept_as_they_were_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "BLOCK", 400)  # 105, 189 and 21 bytes fit into one file, 441 need their own
+    images = [torch.randint(0, 256, (3, side, 7), dtype=torch.uint8) for side in (5, 9, 1, 21, 6)]
     for cache in (ImageCache(None), ImageCache(tmp_path / "new")):
         assert all(cache.put(image) for image in images)
         assert all(torch.equal(cache.get(index), image) for index, image in enumerate(images))
+    storages = [cache.get(index).untyped_storage().data_ptr() for index in range(len(images))]
+    assert len(set(storages)) == 3
 
 
 def test_a_resumed_run_draws_the_crops_of_an_uninterrupted_one(own_size, tmp_path):
@@ -327,7 +330,7 @@ def test_crops_of_resized_images_are_refused(settings, words):
         ({"backbone": "mobilenetv3_small_100", "layers": None}, "mobilenetv3_small_100 sees the whole image"),
         ({"batch_size": 2}, r"training image .* has .* pixels and others .*batch_size=1"),
         ({"layers": [4]}, r"training image .*tiny.png has 20 x 40 pixels, and test_resnet needs 32 along each side"),
-        ({"aligned": True}, "aligned=True was stated, but images are not resized to one size"),
+        ({"aligned": True}, "aligned=True is impossible here: images are not resized to one size"),
     ],
 )
 def test_what_cannot_train_at_its_own_size_is_said(settings, words, own_size, tmp_path, monkeypatch):
@@ -344,9 +347,9 @@ def test_what_cannot_train_at_its_own_size_is_said(settings, words, own_size, tm
 def test_a_stated_size_against_the_checkpoints_is_refused(own_size, trained, demo, tmp_path):
     checkpoint = own_size[1]
     assert STPM.load_from_checkpoint(checkpoint).network_size is None
-    with pytest.raises(STPMError, match=r"image_size=\(32, 32\) was stated.* of their own size"):
+    with pytest.raises(STPMError, match=r"image_size=\(32, 32\) contradicts the checkpoint.* of their own size"):
         STPM(image_size=(32, 32)).load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
-    with pytest.raises(STPMError, match=r"image_size=None was stated.* of 64 x 64 pixels"):
+    with pytest.raises(STPMError, match=r"image_size=None contradicts the checkpoint.* of 64 x 64 pixels"):
         STPM.load_from_checkpoint(trained, image_size=None)
     with pytest.raises(STPMError, match="trained on images at their own size: set image_size to null to resume it"):
         fit(demo, tmp_path, 3, ckpt_path=checkpoint, image_size=(256, 256))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 CacheMode = Literal["auto", "memory", "disk", "off"]
 MEMORY_SHARE = 0.5  # of the free memory: the other half is for activations, the page cache and other programs
+BLOCK = 2**28  # bytes of a file of images: a file each would use up the descriptors that a process may have
 KEPT_DTYPE = torch.float16  # 11 bits: an image needs 8, and a unit vector's distance moves by less than 1e-6
 
 
@@ -61,24 +62,26 @@ class ImageCache:
     """Images (3, H, W) of any sizes, uint8, in the order in which they are put.
 
     Args:
-        directory: Of a file for each image; ``None`` for main memory.
+        directory: Of files of many images each; ``None`` for main memory.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
         self.images: list[Tensor] = []
+        self._room = torch.empty(0, dtype=torch.uint8)  # of the last file
 
     def put(self, image: Tensor) -> bool:
         """Keep an image; returns whether there was room, and warns if there was none."""
         if self.directory is not None:
-            try:
-                room = _mapped(self.directory, image.numel(), torch.uint8).view(image.shape)
-            except OSError as error:
-                kept = sum(one.numel() for one in self.images)
-                _no_room(kept + image.numel(), self.directory, error)
-                return False
-            room.copy_(image)
-            image = room
+            if image.numel() > len(self._room):
+                try:
+                    self._room = _mapped(self.directory, max(BLOCK, image.numel()), torch.uint8)
+                except OSError as error:
+                    kept = sum(one.numel() for one in self.images)
+                    _no_room(kept + image.numel(), self.directory, error)
+                    return False
+            room, self._room = self._room[: image.numel()], self._room[image.numel() :]
+            image = room.view(image.shape).copy_(image)
         self.images.append(image)
         return True
 
