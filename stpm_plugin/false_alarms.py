@@ -5,7 +5,7 @@ of n such scores is then exceeded by the next one with a probability of (n + 1 -
 distribution, and given these n scores the share of false alarms follows a Beta(n + 1 - k, k) distribution (Vovk,
 "Conditional validity of inductive conformal predictors", ACML 2012; Angelopoulos and Bates, arXiv 2107.07511, section
 3.2). That needs about 1 / (1 - quantile) images. With fewer the scores' tail is extrapolated: logarithms of good
-images' scores are taken to be normal, and the threshold is the upper end of the prediction interval for the next one.
+images' scores are assumed to be normal, and the threshold is the upper end of the prediction interval for the next one.
 What is known of their spread beforehand counts as :data:`WORTH` images (scaled inverse chi-squared, Gelman et al.,
 Bayesian Data Analysis, 3rd edition, section 3.3), since two or three scores alone say next to nothing of it.
 `benchmarks/false_alarms.py` compares asked and found shares.
@@ -76,14 +76,14 @@ def found(scores: np.ndarray, threshold: float) -> Limit:
     return Limit(threshold, above / count, low, high, count, exact=True)
 
 
-def in_words(alarms: Limit, quantile: float) -> str:
-    """Say what is known of a threshold's false alarms, and whether that needs more images."""
+def in_words(alarms: Limit, quantile: float | None = None) -> str:
+    """Say what is known of a threshold's false alarms, and whether the quantile that set it needs more images."""
     said = f"expected false alarms {alarms.expected:.2%} (90 % interval {alarms.low:.2%} to {alarms.high:.2%}"
-    if alarms.exact:
+    if alarms.exact or quantile is None:
         return f"{said}, by {alarms.images} held-out good images)."
     return (
-        f"{said}). {alarms.images} held-out good images are too few for a quantile of {quantile:g}, which takes "
-        f"{images_needed(quantile)}: their scores are taken to be log-normal. Raise holdout or add images to be sure."
+        f"{said}). {alarms.images} held-out good images are too few for a quantile of {quantile:g}, which needs "
+        f"{images_needed(quantile)}: the threshold assumes log-normal scores. Raise holdout or add images to be sure."
     )
 
 

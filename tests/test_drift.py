@@ -64,7 +64,7 @@ def test_the_command_warns(exported, demo_root, tmp_path, capsys, monkeypatch):
     assert stpm(["score", str(exported), str(folder), "--csv", str(tmp_path / "s.csv")]) == 0
     said = capsys.readouterr().err
     assert f"warning: the last {WINDOW} images score above" in said
-    assert "light, camera or product has changed" in said
+    assert "the lighting, the camera or the product has changed" in said
     assert len(scorer.verdict.held_out_scores) == 2  # what the model itself holds, too few to tell
 
 
@@ -88,6 +88,8 @@ def test_a_threshold_is_set_anew_by_the_rule_and_every_host_takes_it(exported, g
     scorer = Scorer(new)
     assert scorer.verdict.image.threshold == pytest.approx(limit(raw, 0.9).value, rel=1e-5)
     assert f"image threshold {limit(raw, 0.9).value:.4g}; expected false alarms" in said
+    assert stpm(["threshold", str(new)]) == 0
+    assert said.splitlines()[0].partition("; ")[2] in capsys.readouterr().out  # not what the same images exceed it by
     assert scorer.verdict.basis == "new good images"
     assert scorer.digest != Scorer(exported).digest
     graph = ov.compile_model(new, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -126,9 +128,11 @@ def test_a_threshold_takes_good_readable_images_and_shows_itself(exported, good,
         (["--good", "x.png"], "x.png cannot be read as an image"),
         (["--good", good, "--false-alarms", "1"], "--false-alarms 1.0 must be between 0 and 1"),
         (["--good", str(next(demo_root.glob("*/train/good")))], "of the 10 images trained the model"),
-        (["--good", good, "--value", "1"], "--good and --value each set the threshold: give one of them"),
+        (["--good", good, "--value", "1"], "--good and --value each set the threshold: pass only one"),
         (["--false-alarms", "0.1"], "--false-alarms needs good images"),
         (["--good", good, "--out", "new"], "--out new must be the model's .xml file, such as new.xml"),
+        (["--out", "new.xml"], "--out needs a threshold to write: pass --good, --value or --sensitivity"),
+        (["--value", "1", "--device", "GPU"], "--device is only for --good"),
         (["--value", "1", "--out", "new.onnx"], "--out new.onnx must be the model's .xml file, such as new.xml"),
         (["--value", "1", "--out", "folder"], "--out folder must be the model's .xml file, such as folder/model.xml"),
     ]:

@@ -55,10 +55,16 @@ class Threshold:
         ways = {"--good": self.good or None, "--value": self.value, "--sensitivity": self.sensitivity}
         stated = [name for name, value in ways.items() if value is not None]
         if len(stated) > 1:
-            msg = f"{' and '.join(stated)} each set the threshold: give one of them."
+            msg = f"{' and '.join(stated)} each set the threshold: pass only one."
             raise STPMError(msg)
         if self.false_alarms is not None and not self.good:
-            msg = "--false-alarms needs good images: name a folder of them with --good."
+            msg = "--false-alarms needs good images: pass a folder of them with --good."
+            raise STPMError(msg)
+        if self.out is not None and not stated:
+            msg = "--out needs a threshold to write: pass --good, --value or --sensitivity."
+            raise STPMError(msg)
+        if self.device != "CPU" and not self.good:
+            msg = "--device is only for --good, whose images it scores: omit it."
             raise STPMError(msg)
         check_target(self.out)
         verdict, digests = verdict_of(self.model), list[str]()
@@ -101,14 +107,17 @@ def verdict_of(model: Path) -> Verdict:
 
 
 def in_words_of(verdict: Verdict) -> str:
-    """A verdict's thresholds, and their false alarms among the good images that it holds."""
+    """A verdict's thresholds, and the false alarms to expect by the good images that it holds."""
     said = (
         f"image threshold {verdict.image.raw_limit:.4g}, pixel threshold {verdict.pixel.raw_limit:.4g} (raw scores), "
     )
     said += f"from the {verdict.basis}, sensitivity {verdict.image.sensitivity:g}"
     if not verdict.held_out_scores:
         return said
-    return f"{said}; {in_words(found(np.array(verdict.held_out_scores), verdict.image.raw_limit), 0.5)}"
+    scores = np.array(verdict.held_out_scores)
+    if verdict.quantile is not None and verdict.image.sensitivity == 0.5:  # the scores themselves set the threshold
+        return f"{said}; {in_words(limit(scores, verdict.quantile), verdict.quantile)}"
+    return f"{said}; {in_words(found(scores, verdict.image.raw_limit))}"
 
 
 def renewed(verdict: Verdict, options: Threshold) -> tuple[Verdict, list[str]]:
@@ -130,7 +139,7 @@ def renewed(verdict: Verdict, options: Threshold) -> tuple[Verdict, list[str]]:
     if trained:
         msg = (
             f"{len(trained)} of the {len(paths)} images trained the model, such as {min(trained)}: their scores are "
-            "lower than those of other good images. Give good images that did not train it."
+            "lower than those of other good images. Pass good images that did not train it."
         )
         raise STPMError(msg)
     scores, maxima = raw_scores(options.model, options.device, paths, broken)
@@ -148,6 +157,7 @@ def renewed(verdict: Verdict, options: Threshold) -> tuple[Verdict, list[str]]:
         label=True,
         held_out_scores=tuple(sorted(scores.tolist())),
         held_out_maxima=tuple(sorted(maxima.tolist())),
+        quantile=quantile,
     )
     return verdict, digests
 

@@ -61,6 +61,8 @@ def export(
     module: STPM,
     plain: Callable[..., Path],
     export_root: Path | str,
+    model_file_name: str = "model",
+    input_size: tuple[int, int] | None = None,
     compression_type: CompressionType | None = None,
     datamodule: AnomalibDataModule | None = None,
     max_drop: float = 0.01,
@@ -71,7 +73,9 @@ def export(
     Args:
         module: A trained model.
         plain: anomalib's own export of it.
-        export_root: Folder; the model goes below it, where anomalib puts it, and is named after its compression.
+        export_root: Folder; the model goes below it, where anomalib puts it.
+        model_file_name: Name of the file; a compression is added to it.
+        input_size: Height and width of the images, pixels; ``None`` for any size, or the size they are resized to.
         compression_type: ``INT8_PTQ`` and ``INT8_ACQ`` are :mod:`stpm_plugin.deployment.int8`'s, the rest anomalib's.
         datamodule: For INT8: the data that trained the model. Its training images calibrate; its validation set or
             the held-out images set the thresholds.
@@ -90,7 +94,7 @@ def export(
     rounds = compression_type in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
     appended = appendable(module.post_processor)
     if rounds and datamodule is None:
-        msg = "INT8 is calibrated on normal training images: name them with --data (datamodule=...)."
+        msg = "INT8 is calibrated on normal training images: pass them with --data (datamodule=...)."
         raise STPMError(msg)
     if rounds and not appended:
         name = type(module.post_processor).__name__
@@ -101,9 +105,9 @@ def export(
         require_held_out(module.data_record)
     with tempfile.TemporaryDirectory() as folder, without_post_processor(module, appended) as post_processor:
         options = {} if rounds else {"compression_type": compression_type, "datamodule": datamodule}
-        source = plain(folder, **options, **arguments)
+        source = plain(folder, input_size=input_size, **options, **arguments)
         if rounds:
-            size = arguments.get("input_size") or module.network_size
+            size = input_size or module.network_size
             data = cast("AnomalibDataModule", datamodule)
             model, post_processor = round_model(source, data, module.data_record, size, post_processor, drop)
         else:
@@ -115,8 +119,8 @@ def export(
             model = verdict_of(post_processor, module.model).append_to(model, *raw)
             if module.network_size is None:
                 name_levels(model, module.model)
-        name = f"model_{CompressionType(compression_type).value}.xml" if compression_type else "model.xml"
-        target = (Path(export_root) / source.relative_to(folder)).with_name(name)
+        suffix = f"_{CompressionType(compression_type).value}" if compression_type else ""
+        target = (Path(export_root) / source.relative_to(folder)).with_name(f"{model_file_name}{suffix}.xml")
         describe(model, resized_to(module.pre_processor), module.data_record)
         write(model, target)
     return target
@@ -143,7 +147,9 @@ def appendable(post_processor: PostProcessor | None) -> bool:
 
 def verdict_of(post_processor: PostProcessor, model: STPMModel) -> Verdict:
     """What a post-processor does, as numbers."""
-    relative = isinstance(post_processor, STPMPostProcessor) and post_processor.basis == HELD_OUT
+    relative, quantile = False, None
+    if isinstance(post_processor, STPMPostProcessor) and post_processor.basis == HELD_OUT:
+        relative, quantile = True, post_processor.quantile
 
     def scale(kind: str) -> Scale:
         threshold, low, high = (
@@ -166,6 +172,7 @@ def verdict_of(post_processor: PostProcessor, model: STPMModel) -> Verdict:
         stride=model.teacher.strides[0],
         stands_out=True,
         counted=1.0 if model.ignored is None else float(model.ignored.share),
+        quantile=quantile,
     )
 
 

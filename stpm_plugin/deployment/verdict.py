@@ -21,8 +21,9 @@ from ..errors import STPMError
 SECTION = "stpm"  # of the model's runtime information
 RAW_SCORE, RAW_MAP = "raw_pred_score", "raw_anomaly_map"  # tensors of the graph, before normalisation
 RAW_LEVEL = "raw_distances_"  # and its distances at each level, from 0, where images may have any size
-# 1: of versions 0.1 and 0.2, without `stands_out`; 2: with a share of the map in place of an area; 3: without `counted`
-FORMAT = 4
+# 1: of versions 0.1 and 0.2, without `stands_out`; 2: with a share of the map in place of an area;
+# 3: without `counted`; 4: without `quantile`
+FORMAT = 5
 MIN_MEAN = 1e-6  # of a map: `stpm_plugin.model.matching`'s, which this side cannot import, since it needs torch
 
 
@@ -115,6 +116,8 @@ class Verdict:
         stands_out: Whether the score says how far that part stands out of its map; else it is the part's mean, as
             versions 0.1 and 0.2 had it.
         counted: Share of the maps that counts; the model clears the rest, which it was trained to ignore.
+        quantile: Share of good images that should stay below the image threshold, if the held-out scores set it by
+            that; ``None`` if something else did.
     """
 
     basis: str
@@ -129,6 +132,7 @@ class Verdict:
     stride: int = 4
     stands_out: bool = False
     counted: float = 1.0
+    quantile: float | None = None
 
     def with_threshold(self, threshold: float) -> Verdict:
         """The verdict with another raw image threshold; the pixel threshold moves by the same factor.
@@ -149,7 +153,7 @@ class Verdict:
         moved = (self.pixel.raw_limit if own else self.pixel.threshold) * factor
         image = dataclasses.replace(self.image, threshold=threshold, sensitivity=0.5)
         pixel = dataclasses.replace(self.pixel, threshold=moved, sensitivity=0.5)
-        return dataclasses.replace(self, image=image, pixel=pixel)
+        return dataclasses.replace(self, image=image, pixel=pixel, quantile=None)
 
     def with_sensitivity(self, sensitivity: float) -> Verdict:
         """The verdict with another sensitivity, of labels and masks alike.
@@ -257,7 +261,7 @@ def changed(
         STPMError: The model describes no verdict, an option is out of range, or two contradict each other.
     """
     if threshold is not None and sensitivity is not None:
-        msg = "threshold and sensitivity both move the threshold: give one of them."
+        msg = "threshold and sensitivity both move the threshold: pass only one."
         raise STPMError(msg)
     if threshold is None and sensitivity is None and ignore is None:
         return verdict
