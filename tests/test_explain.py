@@ -14,7 +14,7 @@ from stpm_plugin.commands import explain
 from stpm_plugin.commands.entry import main as stpm
 
 
-def test_pictures_of_images_scores_and_training(trained, demo_root, tmp_path):
+def test_pictures_of_images_scores_and_training(trained, demo_root, tmp_path, capsys):
     checkpoint = str(trained)
     images = str(next(demo_root.glob("*/test")))
     assert stpm(["explain", checkpoint, images, "--out", "there", "--most", "3"]) == 0
@@ -22,8 +22,10 @@ def test_pictures_of_images_scores_and_training(trained, demo_root, tmp_path):
     assert names[-2:] == ["scores.png", "training.png"]
     assert [name[:3] for name in names[:-2]] == ["00-", "01-", "02-"]
     assert all(Image.open(tmp_path / "there" / name).width > 500 for name in names)
-    (tmp_path / "there/broken.png").write_bytes(b"no image")
-    assert stpm(["explain", checkpoint, "there/broken.png", "--out", "there"]) == 2
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert stpm(["explain", checkpoint, "broken.png", "--out", "there"]) == 1
+    assert f"there contains panels of an earlier run, such as {names[0]}" in capsys.readouterr().err
+    assert stpm(["explain", checkpoint, "broken.png", "--out", "elsewhere"]) == 2
     assert stpm(["explain", "missing.ckpt", images]) == 1
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..decoding import UNREADABLE
 from ..deployment.images import find_images, read_images
+from ..errors import STPMError
 from .verify import load, tensor, trained_on
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Explain:
     Args:
         checkpoint: .ckpt file of a trained STPM.
         images: Folders, files or patterns; folders named `good` are normal.
-        out: Folder to write.
+        out: Folder to write; one without the panels of an earlier run.
         most: Most images to draw a panel of.
     """
 
@@ -152,14 +153,22 @@ def draw_training(scores: Sequence[float], chosen: int, score: float) -> Figure:
 
 
 def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int:
-    """Write all panels into a folder; returns the exit code."""
+    """Write all panels into a folder; returns the exit code.
+
+    Raises:
+        STPMError: The folder holds other panels, or the checkpoint or an image does not exist.
+    """
     from ..training.selection import CHECKPOINT_KEY
 
+    old = sorted(out.glob("[0-9][0-9]-*.png"))
+    if old:
+        msg = f"{out} contains panels of an earlier run, such as {old[0].name}: remove it, or choose another with --out."
+        raise STPMError(msg)
     model = load(checkpoint)
     paths: list[str] = find_images(images)
     trained = trained_on(model, paths)
     if trained:
-        print(f"{len(trained)} of the images trained the model: their scores say nothing about other good images")
+        print(f"{len(trained)} of the images trained the model: their scores are lower than those of other good images")
     limits = limits_of(model.post_processor)
     broken: list[str] = []
     seen: list[Seen] = []
@@ -181,5 +190,5 @@ def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int
         draw_training(kept["scores"], kept["epoch"], kept["score"]).savefig(out / "training.png", dpi=110)
     for path in broken:
         print(f"{path} {UNREADABLE}.", file=sys.stderr)
-    print(f"wrote {len(seen)} panels to {out}, and scores.png and training.png where there was something to draw")
+    print(f"wrote {len(seen)} panels to {out}")
     return 2 if broken else 0
