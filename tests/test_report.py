@@ -87,7 +87,7 @@ def made_up(folder: Path, name: str = "x", number: int = 400) -> tuple[Contents,
         for i, (s, r, k) in enumerate(zip(score, raw, kinds, strict=True))
     ]
     shown.sort(key=lambda one: -one.score)
-    return Contents(Path("model.xml"), verdict, shown, 0, 0, False), raw, bad
+    return Contents(Path("my model.xml"), verdict, shown, 0, 0, False), raw, bad
 
 
 def test_no_name_of_a_file_ends_the_data(tmp_path):
@@ -168,7 +168,7 @@ def test_the_sliders_numbers_equal_numpys(browser, tmp_path):
     assert page.locator("#count").inner_text() == f"{(~above & bad).sum()} of 400"
     page.fill("#rawlimit", "2.5")
     page.wait_for_timeout(100)
-    assert "stpm threshold model.xml --value 2.5" in page.locator("#apply").inner_text()
+    assert 'stpm threshold "my model.xml" --value 2.5' in page.locator("#apply").inner_text()
     assert page.locator("#bad-normal").inner_text() == str(((raw <= 2.5) & bad).sum())
     page.click("#reset")
     page.wait_for_timeout(100)

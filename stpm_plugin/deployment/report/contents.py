@@ -95,7 +95,7 @@ def contents_of(table: Path, model: Path, kinds: Mapping[str, str] | None = None
     """
     rows = read_rows(table)
     if not rows:
-        msg = f"{table} holds no scores yet: score images first."
+        msg = f"{table} contains no scores yet: score images first."
         raise STPMError(msg)
     network = read_model(ov.Core(), model)
     verdict = read_verdict(network, model)
@@ -104,7 +104,7 @@ def contents_of(table: Path, model: Path, kinds: Mapping[str, str] | None = None
         msg = f"{model} describes no threshold: export its checkpoint again with `stpm export`."
         raise STPMError(msg)
     if {owner for owner, _ in owners} != {found}:
-        msg = f"{table} was written by the model {rows[0][8]}, and {model} is {found}: name the one that wrote it."
+        msg = f"{table} was written by the model {rows[0][8]}, and {model} is {found}: pass the one that wrote it."
         raise STPMError(msg)
     options = options_in(rows[0][9])
     judged = changed(verdict, model, options.get("threshold"), options.get("sensitivity"), None) or verdict
@@ -167,7 +167,7 @@ def pictures(images: Sequence[Shown], heatmaps: Path | None, step: Callable[[], 
         if not shown.current:
             return ""
         drawn = heatmap_of(shown.path, heatmaps)
-        picture = cv2.imread(str(drawn)) if drawn else decode(video_of(shown.path))
+        picture = decode(str(drawn or video_of(shown.path)))  # not cv2.imread, which cannot open all of Windows' paths
         if picture is None:
             return ""
         factor = min(1.0, SIDE / max(picture.shape[:2]))

@@ -35,7 +35,7 @@ def write(target: Path, contents: Contents, pictures: Sequence[str], title: str)
         beside.replace(target)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        msg = f"{target} cannot be written ({error.strerror}): make room, or name another file with --out."
+        msg = f"{target} cannot be written ({error.strerror}): make room, or choose another file with --out."
         raise STPMError(msg) from None
 
 
