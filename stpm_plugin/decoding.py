@@ -74,7 +74,7 @@ def read_ignored(path: str | Path) -> np.ndarray:
         STPMError: The file does not exist, is not an image, or ignores everything.
     """
     if not Path(path).is_file():
-        msg = f"the mask {path} does not exist: give an image file of the images' size, white where they are ignored."
+        msg = f"the mask {path} does not exist: pass an image file of the images' size, white where they are ignored."
         raise STPMError(msg)
     mask = decode(str(path))
     if mask is None:

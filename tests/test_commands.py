@@ -124,39 +124,42 @@ def test_a_wrong_line_is_one_sentence(line, words, capsys):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("score missing.xml parts", "the model missing.xml does not exist: give the .xml file"),
-        ("score model.ckpt parts", "model.ckpt is not an exported model: give the .xml file"),
+        ("score missing.xml parts", "the model missing.xml does not exist: pass the .xml file"),
+        ("score model.ckpt parts", "model.ckpt is not an exported model: pass the .xml file"),
         ("score model.ckpt images --watch --ray local", "--watch runs on one machine"),
-        ("train missing", "missing is not there: name a folder of good images."),
-        ("train model.ckpt", "model.ckpt is a file: name a folder of good images."),
-        ("train empty", "holds 0 images, and a training needs at least 3"),
+        ("train missing", "missing does not exist: pass a folder of good images."),
+        ("train model.ckpt", "model.ckpt is a file: pass a folder of good images."),
+        ("train empty", "contains 0 images, but training needs at least 3"),
         ("train junk", "holds 0 images"),
         ("train mvtec", "mvtec has the layout of MVTec AD: run `stpm train mvtec/train/good --bad mvtec/test`."),
         ("train mixed", "mixed holds bad, whose images would count as good"),
         ("train parts --bad parts/some", "holds parts/some, whose images would count as good"),
-        ("train parts --name ../x", "--name ../x names a folder below results: give a name without slashes."),
+        ("train parts --name ../x", "--name ../x is a path: choose a name without slashes."),
         ("train parts --results ünter", "anomalib cannot read paths with non-ASCII letters, and "),
-        ("train parts --results model.ckpt", "--results model.ckpt is a file: name a folder."),
-        ("train parts --resume missing", "missing does not exist: name the folder of a run"),
-        ("train parts --masks empty", "--masks are the masks of bad images: give --bad too."),
-        ("train parts --bad missing", "--bad missing is not there: name a folder."),
-        ("train parts --bad empty", "--bad empty holds no image."),
+        ("train parts --results model.ckpt", "--results model.ckpt is a file: pass a folder."),
+        ("train parts --resume missing", "missing does not exist: pass the folder of a run"),
+        ("train parts --masks empty", "--masks are the masks of bad images: pass --bad too."),
+        ("train parts --bad missing", "--bad missing does not exist: pass a folder."),
+        ("train parts --bad empty", "--bad empty contains no images."),
         ("train parts --recipe nope", "--recipe nope is neither `folder`, `native` nor a YAML file"),
         ("train parts --recipe padim.yaml", "padim.yaml trains anomalib.models.Padim, but this command only STPM"),
         ("train parts --recipe table.yaml", "table.yaml is not a YAML of settings with model and data"),
-        ("export missing", "missing does not exist: name the folder of a run, or its .ckpt file."),
-        ("export empty", "empty holds no weights/lightning/model.ckpt"),
+        ("export missing", "missing does not exist: pass the folder of a run or its .ckpt file."),
+        ("export empty", "empty contains no weights/lightning/model.ckpt"),
         ("export junk/notes.txt", "junk/notes.txt is not a checkpoint"),
-        ("export model.ckpt --int8", "model.ckpt does not say which good images trained it: name their folder"),
+        ("export model.ckpt --int8", "model.ckpt does not record which good images trained it: pass their folder"),
         ("export model.ckpt --int8 --compression fp16", "--int8 and --compression fp16 contradict each other"),
         ("export model.ckpt --good parts", "--good is only for --compression int8 or int8_acq (--int8)"),
         ("export model.ckpt --int8 --max-drop 0.1", "--max-drop is only for --compression int8_acq"),
-        ("report empty", "empty/config.yaml is missing: name a run's folder"),
-        ("report empty --heatmaps empty", "--heatmaps is for a CSV: leave it out, since those of empty are drawn"),
-        ("report table.csv", "table.csv names its model only by a hash"),
-        ("report missing.csv --model model.ckpt", "missing.csv does not exist: name a CSV that `stpm score` wrote."),
+        ("report empty", "empty/config.yaml is missing: pass a run's folder"),
+        (
+            "report empty --heatmaps empty",
+            "--heatmaps is only for a CSV: omit it, because the heat maps of empty are drawn",
+        ),
+        ("report table.csv", "table.csv identifies its model only by a hash"),
+        ("report missing.csv --model model.ckpt", "missing.csv does not exist: pass a CSV that `stpm score` wrote."),
         ("report model.ckpt --model model.ckpt", "is not a CSV of scores"),
-        ("config demo --out model.ckpt", "model.ckpt exists: remove it, or name another file with --out."),
+        ("config demo --out model.ckpt", "model.ckpt exists: remove it, or choose another file with --out."),
         ("explain missing.ckpt parts", "the checkpoint missing.ckpt does not exist."),
     ],
 )
@@ -208,7 +211,7 @@ def test_another_models_checkpoint_is_one_sentence(demo, tmp_path, monkeypatch):
     engine.fit(model, datamodule=demo)
     said = command("stpm", "export", engine.best_model_path, check=False, cwd=tmp_path)
     assert len(said.splitlines()) == 1
-    assert "the checkpoint holds another model than STPM" in said
+    assert "the checkpoint holds a model other than STPM" in said
 
 
 # From a folder to a report
@@ -275,7 +278,7 @@ def test_the_packages_warnings_reach_the_terminal(tmp_path, monkeypatch, capfd):
         logged(tmp_path / "the.log", "it", lambda terminal: anomalib(["fit"], terminal))
     logging.captureWarnings(False)
     assert capfd.readouterr().err.splitlines() == [
-        "starting anomalib, which takes some seconds ...",
+        "starting anomalib (takes a few seconds) ...",
         "warning: the disk is full.",
     ]
 
@@ -300,7 +303,7 @@ def test_the_doctor_needs_neither_torch_nor_psutil():
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (made.returncode, made.stderr) == (1, "")
     for name, module in (("the processor", "psutil"), ("training", "torch"), ("the teacher's weights", "timm")):
-        assert f"! {name} could not be checked: {module} cannot be imported" in made.stdout
+        assert f"! {name} cannot be checked: {module} cannot be imported" in made.stdout
     assert "  score computes in float32" in made.stdout
 
 
@@ -325,7 +328,7 @@ def test_what_a_folder_holds_is_understood(place, tmp_path):
     (tmp_path / "masks/dent").mkdir(parents=True)
     (tmp_path / "masks/chip").mkdir()
     assert good_images(place / "parts", None) == place / "parts"
-    with pytest.raises(STPMError, match=r"--masks .* holds no image"):
+    with pytest.raises(STPMError, match=r"--masks .* contains no images"):
         settings_of_test(place / "bad", tmp_path / "masks")
     for kind in ("dent", "chip"):
         cv2.imwrite(str(tmp_path / f"masks/{kind}/000.png"), np.zeros((4, 4), np.uint8))

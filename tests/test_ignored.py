@@ -269,7 +269,7 @@ def brief(brief_run):
 def test_another_mask_than_the_checkpoints_is_refused(masked, place, trained, tmp_path):
     _, checkpoint = masked
     other, same = painted(tmp_path / "other.png", (0, 0, 9, 9)), shutil.copy(place / "mask.png", tmp_path / "same.png")
-    with pytest.raises(STPMError, match=r"trained with another mask: leave ignore out, or train the model again"):
+    with pytest.raises(STPMError, match=r"trained with another mask: omit ignore, or train the model again"):
         STPM.load_from_checkpoint(checkpoint, ignore=str(other))
     with pytest.raises(STPMError, match=r"trained without a mask: train it with the mask, or give .*--ignore"):
         STPM.load_from_checkpoint(trained, ignore=str(other))

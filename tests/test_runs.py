@@ -141,7 +141,7 @@ def test_other_images_begin_the_choice_anew(demo, tmp_path, monkeypatch, caplog)
     engine, _ = fit(demo, tmp_path / "first", 2)
     with caplog.at_level("INFO"):
         _, model = fit(drawn(tmp_path / "noise"), tmp_path / "second", 4, engine.best_model_path)
-    assert "the held-out images differ from the checkpoint's, so the choice starts over" in caplog.text
+    assert "the held-out images differ from the checkpoint's, so epoch selection starts over" in caplog.text
     assert model.selection.chosen.epoch == 3
     assert model.selection.scores == [0.6, 0.5]
 

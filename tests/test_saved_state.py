@@ -59,10 +59,10 @@ AGAINST = {
 @pytest.mark.parametrize("name", AGAINST)
 def test_another_architecture_or_size_is_refused(name, of_quantile, data):
     stated = {name: AGAINST[name]}
-    with pytest.raises(STPMError, match=rf"^(?s:.)*{name}.* was stated.*: leave {name} out\.$") as said:
+    with pytest.raises(STPMError, match=rf"^(?s:.)*{name}.* contradicts the checkpoint.*: omit {name}\.$") as said:
         engine().test(STPM(**stated), datamodule=data(), ckpt_path=of_quantile)
     assert len(str(said.value).splitlines()) == 1
-    with pytest.raises(STPMError, match=f"leave {name} out"):
+    with pytest.raises(STPMError, match=f"omit {name}"):
         STPM.load_from_checkpoint(of_quantile, **stated)
 
 
@@ -111,10 +111,10 @@ def test_a_stated_head_is_honoured_with_a_warning(route, of_quantile, data):
     assert getattr(model.model, name) == value == model.get_extra_state()[name]
     said = [str(one.message) for one in caught if "as stated" in str(one.message)]
     assert len(said) == 1
-    assert said[0].startswith(f"STPM: {name}={value} as stated, instead of the checkpoint's {HEAD[name]}:")
+    assert said[0].startswith(f"STPM: {name}={value} as set here, instead of the checkpoint's {HEAD[name]}:")
 
 
-LINE = "STPM: image_sensitivity=0.9 as stated, instead of the checkpoint's 0.4."
+LINE = "STPM: image_sensitivity=0.9 as set here, instead of the checkpoint's 0.4."
 
 
 def test_a_stated_sensitivity_is_honoured(of_quantile, data, caplog):
@@ -161,7 +161,7 @@ def test_the_command_line_honours_and_refuses(of_quantile, demo_root, tmp_path):
     assert "image_AUROC" in output
     output = anomalib(*line, "--model.layers", "[layer1]", check=False, cwd=tmp_path)
     assert output.strip().endswith(
-        "STPMError: layers=['layer1'] was stated, and the checkpoint has layers=['layer1', 'layer2']: leave layers out."
+        "STPMError: layers=['layer1'] contradicts the checkpoint, which has layers=['layer1', 'layer2']: omit layers."
     )
     assert "running_var" not in output  # no list of the tensors that do not fit
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_of_version_0_1_0_with_the_papers_head_gives_the_same_verdi
     assert same(expected, scored(loaded, data()))
     assert "false alarms unknown" in loaded.post_processor.report()
     assert loaded.data_record is None
-    with pytest.warns(UserWarning, match="holds no held-out scores .* the stated normal_quantile has no effect"):
+    with pytest.warns(UserWarning, match="contains no held-out scores .* normal_quantile has no effect"):
         stated = STPM.load_from_checkpoint(old, post_processor=STPMPostProcessor(normal_quantile=0.6))
     assert same(expected, scored(stated, data()))
 
@@ -268,10 +268,10 @@ def of_padim(data, tmp_path_factory) -> Path:
 
 
 def test_another_models_checkpoint_is_refused(of_padim, data):
-    said = r"^the checkpoint .*ckpt holds another model than STPM \(.*\): give a checkpoint that STPM trained\.$"
+    said = r"^the checkpoint .*ckpt holds a model other than STPM \(.*\): pass a checkpoint of STPM\.$"
     with pytest.raises(STPMError, match=said):
         engine().test(STPM(), datamodule=data(), ckpt_path=of_padim)
-    with pytest.raises(STPMError, match="holds another model than STPM"):
+    with pytest.raises(STPMError, match="holds a model other than STPM"):
         STPM.load_from_checkpoint(of_padim)
 
 
@@ -336,7 +336,7 @@ def test_pixel_threshold_comes_from_the_held_out_maps(of_quantile, data):
     assert float(post_processor.pixel_threshold) == pytest.approx(threshold, rel=1e-4)
     report = post_processor.report()
     assert "from the held-out good images; expected false alarms 20.00%" in report
-    assert "3 held-out good images are too few for a quantile of 0.8, which takes 4" in report
+    assert "3 held-out good images are too few for a quantile of 0.8, which needs 4" in report
 
 
 def test_int8_finds_its_images_by_content(of_quantile, data, demo_root, tmp_path):
@@ -363,7 +363,7 @@ def test_int8_refuses_other_data_and_says_what_it_does_not_know(of_quantile, dat
     other = DemoData(root=tmp_path, **{**TINY, "seed": 1, "train_images": 2})
     other.setup("fit")
     with pytest.raises(
-        STPMError, match=r"2 good images include 0 of the 7 that trained this model and 0 of its 3 held-out ones"
+        STPMError, match=r"2 good images contain 0 of the 7 that trained it and 0 of its 3 held-out ones"
     ):
         indices_of(other.train_data, record)
     datamodule = data()

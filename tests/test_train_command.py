@@ -41,25 +41,28 @@ def folders(tmp_path: Path) -> Path:
     [
         (
             "plain --bad mixed",
-            "--bad mixed holds both loose images, such as 0.png, and the folder dent: move the loose",
+            "--bad mixed contains both loose images, such as 0.png, and the folder dent: move the loose",
         ),
         (
             "plain --bad loose",
-            "--bad loose holds both loose images, such as 0.png, and the folder good: move the loose",
+            "--bad loose contains both loose images, such as 0.png, and the folder good: move the loose",
         ),
-        ("plain --bad bad --masks mixed", "--masks mixed holds both loose images, such as 0.png, and the folder dent"),
-        ("plain --bad tested", "--bad tested holds no image but those in its folder good."),
-        ("whole --bad whole", "whole/good, so good images would count as bad: name a folder of bad images alone."),
+        (
+            "plain --bad bad --masks mixed",
+            "--masks mixed contains both loose images, such as 0.png, and the folder dent",
+        ),
+        ("plain --bad tested", "--bad tested contains no images except those in its folder good."),
+        ("whole --bad whole", "whole/good, so good images would count as bad: pass a folder of bad images only."),
         ("plain --bad link", "holds link, whose images would count as good"),
         ("plain --ignore plain/0.png", "--ignore plain/0.png lies below "),
         ("plain --ignore plain/mask.png", "where every image counts as good: move it out of that folder."),
         ("plain --ignore linked.png", "--ignore linked.png lies below "),
         ("plain --bad bad --masks plain/masks", "--masks plain/masks lies below "),
-        ("plain --results plain/runs/new", "counts as good: name a folder outside with --results."),
+        ("plain --results plain/runs/new", "counts as good: choose a folder outside with --results."),
         ("link --results plain/runs/new", "--results plain/runs/new lies below "),
         ("ran", "ran/results lies among the good images, and its pictures would count as good: move it."),
         ("drawn", "0.png.heatmap.jpg, which would count as images: move them to another folder."),
-        ("plain --bad shown", "shown holds heat maps, such as shown/dent/0.png.heatmap.jpg, which would count as"),
+        ("plain --bad shown", "shown contains heat maps, such as shown/dent/0.png.heatmap.jpg, which would count as"),
     ],
 )
 def test_what_would_count_as_another_kind_of_image_is_refused(line, words, folders, capsys):

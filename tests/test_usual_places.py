@@ -137,7 +137,7 @@ def test_few_images_know_no_place_and_say_so(demo, tmp_path):
     _, model = fit(demo, tmp_path, 1)
     assert model.model.usual_places is None
     with pytest.raises(
-        STPMError, match=r"aligned=True was stated, but 8 training images are too few: give .* or leave aligned"
+        STPMError, match=r"aligned=True is impossible here: 8 training images are too few: add .* or omit aligned"
     ):
         fit(demo, tmp_path, 1, aligned=True)
 
@@ -147,7 +147,7 @@ def test_it_can_be_left_out(plates, tmp_path, caplog):
     data = DemoData(root=plates, **IMAGES)
     _, model = fit(data, tmp_path, 1, aligned=False)
     assert model.model.usual_places is None
-    assert "lie alike" not in caplog.text
+    assert "the parts are" not in caplog.text
 
 
 def test_a_rate_finder_which_restores_the_model_leaves_them(plates, tmp_path):

@@ -33,7 +33,7 @@ def test_a_right_model_agrees_and_a_wrong_one_does_not(models, demo_root, capsys
     assert "f32: scores differ by " in said
     assert "equal labels 100.0%" in said
     assert " ms an image" in said
-    assert "the two agree" in said
+    assert "checkpoint and export agree" in said
     assert stpm(["verify", checkpoint, wrong, images, "--precision", "f32"]) == 1
     said = capsys.readouterr().out
     assert "NOT safe" in said

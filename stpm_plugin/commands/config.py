@@ -31,7 +31,7 @@ class Config:
         """Write it; returns 0."""
         target = self.out or Path(f"{self.name}.yaml")
         if target.exists():
-            msg = f"{target} exists: remove it, or name another file with --out."
+            msg = f"{target} exists: remove it, or choose another file with --out."
             raise STPMError(msg)
         target.write_text(packaged(self.name).read_text(encoding="utf-8"), encoding="utf-8")
         print(f"wrote {target}")

@@ -46,7 +46,7 @@ class Doctor:
             try:
                 yield from part()
             except ImportError as error:  # each part imports what it asks
-                yield False, f"{name} could not be checked: {error.name or error} cannot be imported"
+                yield False, f"{name} cannot be checked: {error.name or error} cannot be imported"
         yield from disk(self.results)
 
 
@@ -62,7 +62,7 @@ def packages() -> Iterator[tuple[bool, str]]:
     there = ", ".join(f"{name} {number}" for name, number in found.items() if number)
     yield True, f"Python {platform.python_version()} on {platform.system()} {platform.machine()}: {there}"
     if missing:
-        yield False, f"missing: {', '.join(missing)}: `pip install stpm-plugin` installs them"
+        yield False, f"missing: {', '.join(missing)}: install them with `pip install stpm-plugin`"
     if os.environ.get("STPM_PLUGIN_AUTOLOAD") == "0" or os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         yield (
             True,
@@ -121,7 +121,7 @@ def networks() -> Iterator[tuple[bool, str]]:
     if cached(name):
         yield True, f"the default teacher's weights ({name}) are in the hub's cache"
     elif hub_reachable():
-        yield True, f"the hub can be reached: the default teacher's weights ({name}) are fetched at the first training"
+        yield True, f"the hub can be reached: the first training will download the default teacher's weights ({name})"
     else:
         yield (
             False,
@@ -140,4 +140,4 @@ def disk(results: Path) -> Iterator[tuple[bool, str]]:
     free = shutil.disk_usage(folder).free
     yield free > GIB / 2, f"{free / GIB:.1f} GiB free on the disk of {results}; a run takes 0.1 to 0.4"
     if not os.access(folder, os.W_OK):
-        yield False, f"{folder} cannot be written to: name another folder with --results"
+        yield False, f"{folder} cannot be written to: choose another folder with --results"

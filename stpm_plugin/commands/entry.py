@@ -41,15 +41,15 @@ class Command(Protocol):
 
 #: Name of each sub-command: where its class is, and what it does.
 COMMANDS = {
-    "demo": ("demo:Demo", "train, test, export and report on images that it draws itself"),
+    "demo": ("demo:Demo", "train, test, export and report on generated images"),
     "train": ("train:Train", "train on a folder of good images, and set the threshold"),
     "score": ("score:Score", "score images with an exported model, to a CSV"),
-    "report": ("report:Report", "make a page of scores and pictures, to look at and to choose the threshold"),
+    "report": ("report:Report", "write a page of scores and pictures, for reviewing them and choosing the threshold"),
     "threshold": ("threshold:Threshold", "show or move the threshold of an exported model"),
     "export": ("export:Export", "export a trained model to OpenVINO, in float or INT8"),
     "verify": ("verify:Verify", "compare an exported model with its checkpoint"),
-    "explain": ("explain:Explain", "draw what each level of a trained model sees"),
-    "doctor": ("doctor:Doctor", "say what this machine can do, and what is missing"),
+    "explain": ("explain:Explain", "draw what each layer of a trained model sees"),
+    "doctor": ("doctor:Doctor", "report what this machine can do and what is missing"),
     "config": ("config:Config", "write a packaged YAML of settings, for `anomalib train`"),
 }
 
@@ -93,7 +93,7 @@ def parse(given: Sequence[str]) -> Command:
     parser = ArgumentParser(
         prog="stpm",
         version=__version__,
-        description="Find anomalies in images: train on good ones, score new ones, look at the result.",
+        description="Find anomalies in images: train on good ones, score new ones, review the results.",
         exit_on_error=False,
     )
     commands = parser.add_subcommands()

@@ -49,14 +49,14 @@ class Export:
     def run(self) -> int:
         """Export; returns 0."""
         if self.int8 and self.compression not in ("none", "int8"):
-            msg = f"--int8 and --compression {self.compression} contradict each other: give one of them."
+            msg = f"--int8 and --compression {self.compression} contradict each other: pass only one."
             raise STPMError(msg)
         compression = "int8" if self.int8 else self.compression
         if self.good is not None and not compression.startswith("int8"):
-            msg = "--good is only for --compression int8 or int8_acq (--int8): add one, or leave --good out."
+            msg = "--good is only for --compression int8 or int8_acq (--int8): add one of them, or omit --good."
             raise STPMError(msg)
         if self.max_drop is not None and compression != "int8_acq":
-            msg = "--max-drop is only for --compression int8_acq: add it, or leave --max-drop out."
+            msg = "--max-drop is only for --compression int8_acq: add it, or omit --max-drop."
             raise STPMError(msg)
         checkpoint = checkpoint_of(self.source)
         run = checkpoint.parents[2] if checkpoint.parts[-3:] == CHECKPOINT.parts else None
@@ -92,12 +92,12 @@ class Export:
         """
         if self.good is not None:
             if not images_below(self.good):
-                msg = f"--good {self.good} holds no image: name the folder of good images that trained the model."
+                msg = f"--good {self.good} contains no images: pass the folder of good images that trained the model."
                 raise STPMError(msg)
             return self.good
         saved = run / CONFIG if run is not None else None
         if saved is None or not saved.is_file():
-            msg = f"{self.source} does not say which good images trained it: name their folder with --good."
+            msg = f"{self.source} does not record which good images trained it: pass their folder with --good."
             raise STPMError(msg)
         return yaml.safe_load(saved.read_text(encoding="utf-8"))["data"]
 
@@ -111,14 +111,14 @@ def checkpoint_of(source: Path) -> Path:
     if source.is_dir():
         found = source / CHECKPOINT
         if not found.is_file():
-            msg = f"{source} holds no {CHECKPOINT}: name the folder of a run, such as results/STPM/NAME/latest."
+            msg = f"{source} contains no {CHECKPOINT}: pass the folder of a run, such as results/STPM/NAME/latest."
             raise STPMError(msg)
         return found
     if not source.is_file():
-        msg = f"{source} does not exist: name the folder of a run, or its .ckpt file."
+        msg = f"{source} does not exist: pass the folder of a run or its .ckpt file."
         raise STPMError(msg)
     if source.suffix != ".ckpt":
-        msg = f"{source} is not a checkpoint: name the .ckpt file of a trained STPM, or the folder of its run."
+        msg = f"{source} is not a checkpoint: pass the .ckpt file of a trained STPM or the folder of its run."
         raise STPMError(msg)
     return source
 

@@ -42,11 +42,11 @@ class Report:
         """Make it; returns 0."""
         if self.source.is_dir():
             if self.heatmaps is not None:
-                msg = f"--heatmaps is for a CSV: leave it out, since those of {self.source} are drawn again."
+                msg = f"--heatmaps is only for a CSV: omit it, because the heat maps of {self.source} are drawn again."
                 raise STPMError(msg)
             return self.of_run(self.source)
         if self.model is None:
-            msg = f"{self.source} names its model only by a hash: name the model's .xml file with --model."
+            msg = f"{self.source} identifies its model only by a hash: pass the model's .xml file with --model."
             raise STPMError(msg)
         self.write(self.source, self.model, self.heatmaps, self.out or self.source.with_name("report.html"), None)
         return 0
@@ -55,9 +55,9 @@ class Report:
         """Score a run's test images, and make the page."""
         model = self.model or run / EXPORTED
         saved = run / CONFIG
-        for needed, remedy in ((saved, "name a run's folder"), (model, f"`stpm export {run}` writes it")):
+        for needed, remedy in ((saved, "pass a run's folder"), (model, f"`stpm export {run}` writes it")):
             if not needed.is_file():
-                msg = f"{needed} is missing: {remedy}, or give a CSV of `stpm score`."
+                msg = f"{needed} is missing: {remedy}, or pass a CSV of `stpm score`."
                 raise STPMError(msg)
         kinds = logged(run / "report.log", "reading the run's data", lambda terminal: test_images(saved, terminal))
         if not kinds:
@@ -77,7 +77,7 @@ class Report:
     ) -> None:
         """Write the page and say where it is."""
         if heatmaps is not None and not heatmaps.is_dir():
-            msg = f"--heatmaps {heatmaps} is not a folder: name the one that `stpm score --heatmaps` wrote."
+            msg = f"--heatmaps {heatmaps} is not a folder: pass the one that `stpm score --heatmaps` wrote."
             raise STPMError(msg)
         found = contents.contents_of(table, model, kinds)
         if not found.images:

@@ -48,7 +48,7 @@ def logged(log: Path, what: str, work: Callable[[Quiet], Made]) -> Made:
 
 def anomalib(arguments: Sequence[str], terminal: Quiet) -> AnomalibCLI:
     """Run `anomalib` with a line of progress on the terminal; returns what it made."""
-    terminal.say("starting anomalib, which takes some seconds ...")
+    terminal.say("starting anomalib (takes a few seconds) ...")
     from anomalib.cli.cli import AnomalibCLI
     from anomalib.loggers import configure_logger
 

@@ -73,10 +73,10 @@ class Score:
     def run(self) -> int:
         """Score; returns the exit code."""
         if self.watch and self.ray:
-            msg = "--watch runs on one machine: leave out --ray."
+            msg = "--watch runs on one machine: omit --ray."
             raise STPMError(msg)
         if self.reduced_decode and (self.json or self.heatmaps or self.ignore):
-            msg = "--reduced-decode gives only scores and labels: leave out --json, --heatmaps and --ignore."
+            msg = "--reduced-decode gives only scores and labels: omit --json, --heatmaps and --ignore."
             raise STPMError(msg)
         from .scoring import Run  # OpenVINO and OpenCV, which --help need not wait for
 

@@ -79,7 +79,7 @@ class Train:
                 raise STPMError(msg)
         name = named_after(self.folder) if self.name is None else self.name
         if Path(name).name != name or name in ("", ".", ".."):
-            msg = f"--name {name} names a folder below {self.results}: give a name without slashes."
+            msg = f"--name {name} is a path: choose a name without slashes."
             raise STPMError(msg)
         options = {"name": name, "root": good.parent, "normal_dir": good.name, **settings_of_test(self.bad, self.masks)}
         arguments = [f"--data.init_args.{key}={_as_yaml(value)}" for key, value in options.items()]
@@ -126,7 +126,7 @@ def run_recipe(recipe: str, name: str, results: Path, arguments: list[str], test
         msg = f"--recipe {recipe} is neither `folder`, `native` nor a YAML file: `stpm config folder` writes one."
         raise STPMError(msg)
     if results.exists() and not results.is_dir():
-        msg = f"--results {results} is a file: name a folder."
+        msg = f"--results {results} is a file: pass a folder."
         raise STPMError(msg)
     settings = require_stpm(file)
     unused = not (test or names_test(settings, arguments))  # else anomalib sets good images aside for it
@@ -186,7 +186,7 @@ def good_images(folder: Path, bad: Path | None) -> Path:
         STPMError: There is none, or it holds others too.
     """
     if not folder.is_dir():
-        msg = f"{folder} is {'a file' if folder.exists() else 'not there'}: name a folder of good images."
+        msg = f"{folder} {'is a file' if folder.exists() else 'does not exist'}: pass a folder of good images."
         raise STPMError(msg)
     if (folder / "train" / "good").is_dir():
         test = folder / "test"
@@ -201,11 +201,11 @@ def good_images(folder: Path, bad: Path | None) -> Path:
         msg = f"{good} holds {odd[0]}, whose images would count as good: put the good images in a folder {good}/good."
         raise STPMError(msg)
     if bad is not None and _within(good, bad):
-        msg = f"--bad {bad} holds {good}, so good images would count as bad: name a folder of bad images alone."
+        msg = f"--bad {bad} contains {good}, so good images would count as bad: pass a folder of bad images only."
         raise STPMError(msg)
     count = len(images_below(good))
     if count < FEWEST:
-        msg = f"{good} holds {count} images, and a training needs at least {FEWEST}: name a folder of good images."
+        msg = f"{good} contains {count} images, but training needs at least {FEWEST}: pass a folder of good images."
         raise STPMError(msg)
     return good
 
@@ -219,7 +219,7 @@ def refuse_within(good: Path, results: Path, masks: Path | None, ignore: Path | 
     for option, path, remedy in (
         ("--ignore", ignore, "move it out of that folder"),
         ("--masks", masks, "move it out of that folder"),
-        ("--results", results, "name a folder outside with --results"),
+        ("--results", results, "choose a folder outside with --results"),
     ):
         if path is not None and _within(path, good):
             msg = f"{option} {path} lies below {good}, where every image counts as good: {remedy}."
@@ -238,7 +238,7 @@ def refuse_heatmaps(folder: Path) -> None:
     """
     drawn = next(folder.rglob(f"*{HEATMAP}"), None)
     if drawn is not None:
-        msg = f"{folder} holds heat maps, such as {drawn}, which would count as images: move them to another folder."
+        msg = f"{folder} contains heat maps, such as {drawn}, which would count as images: move them to another folder."
         raise STPMError(msg)
 
 
@@ -256,7 +256,7 @@ def settings_of_test(bad: Path | None, masks: Path | None) -> dict[str, object]:
     """
     if bad is None:
         if masks is not None:
-            msg = "--masks are the masks of bad images: give --bad too."
+            msg = "--masks are the masks of bad images: pass --bad too."
             raise STPMError(msg)
         return {}
     kinds = kinds_below(bad, "--bad")
@@ -283,20 +283,20 @@ def kinds_below(folder: Path, option: str) -> list[Path]:
         STPMError: It is not a folder, has no images of a kind, or has both loose images and folders of them.
     """
     if not folder.is_dir():
-        msg = f"{option} {folder} is {'a file' if folder.exists() else 'not there'}: name a folder."
+        msg = f"{option} {folder} {'is a file' if folder.exists() else 'does not exist'}: pass a folder."
         raise STPMError(msg)
     refuse_heatmaps(folder)
     loose = [image for image in images_below(folder.absolute()) if Path(image).parent == folder.resolve()]
     below = [each for each in sorted(folder.absolute().iterdir()) if each.is_dir() and images_below(each)]
     if loose and below:
         msg = (
-            f"{option} {folder} holds both loose images, such as {Path(loose[0]).name}, and the folder "
+            f"{option} {folder} contains both loose images, such as {Path(loose[0]).name}, and the folder "
             f"{below[0].name}: move the loose images to a folder of their own."
         )
         raise STPMError(msg)
     kinds = [folder.absolute()] if loose else [each for each in below if each.name != "good"]
     if not kinds:
-        msg = f"{option} {folder} holds no image{' but those in its folder good' if below else ''}."
+        msg = f"{option} {folder} contains no images{' except those in its folder good' if below else ''}."
         raise STPMError(msg)
     return kinds
 

@@ -173,5 +173,5 @@ def compare(options: Verify) -> int:
     for path in broken:
         print(f"{cell(path)} {UNREADABLE}.", file=sys.stderr)
     right = all(safe.values()) if options.precision else safe[wanted[0]]
-    print("the two agree" if right else "the two do NOT agree within the limits")
+    print("checkpoint and export agree" if right else "checkpoint and export do NOT agree within the limits")
     return (2 if broken else 0) if right else 1

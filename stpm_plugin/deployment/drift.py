@@ -1,4 +1,4 @@
-"""Notice when scores leave those of the held-out good images: light, camera or product has changed.
+"""Notice when scores leave those of the held-out good images: the lighting, the camera or the product has changed.
 
 Each window of recent scores is compared with the held-out ones by the one-sided two-sample Kolmogorov-Smirnov tests
 (Smirnov 1939), whose limiting distribution is exp(-2 d^2 n m / (n + m)). Defective parts raise scores too: if a share
@@ -53,9 +53,9 @@ def describe(held_out: np.ndarray, window: np.ndarray) -> str | None:
         return None
     direction = "above" if higher - DEFECTIVE > lower else "below"
     return (
-        f"the last {len(window)} images score {direction} the {len(held_out)} held-out good ones (median "
-        f"{np.median(window):.3g}, theirs {np.median(held_out):.3g}; Kolmogorov-Smirnov, false in one window of "
-        f"{1 / LEVEL:.0f}): light, camera or product has changed"
+        f"the last {len(window)} images score {direction} the {len(held_out)} held-out good ones (medians "
+        f"{np.median(window):.3g} and {np.median(held_out):.3g}; Kolmogorov-Smirnov test, one false warning in "
+        f"{1 / LEVEL:.0f} windows): the lighting, the camera or the product has changed"
         + (f", or more than {DEFECTIVE:.0%} of the parts are defective." if direction == "above" else ".")
     )
 

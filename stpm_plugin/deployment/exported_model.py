@@ -76,10 +76,10 @@ def read_model(core: ov.Core, path: Path, batch: int | None = None) -> ov.Model:
         STPMError: The file is missing, or no such model.
     """
     if not path.is_file():
-        msg = f"the model {path} does not exist: give the .xml file that `stpm export` or `anomalib export` wrote."
+        msg = f"the model {path} does not exist: pass the .xml file that `stpm export` or `anomalib export` wrote."
         raise STPMError(msg)
     if path.suffix not in (".xml", ".onnx"):
-        msg = f"{path} is not an exported model: give the .xml file that `stpm export` or `anomalib export` wrote."
+        msg = f"{path} is not an exported model: pass the .xml file that `stpm export` or `anomalib export` wrote."
         raise STPMError(msg)
     try:
         network = core.read_model(path)
@@ -89,10 +89,10 @@ def read_model(core: ov.Core, path: Path, batch: int | None = None) -> ov.Model:
         msg = f"the model {path} cannot be read ({last_line(error)}): export it again with `anomalib export`."
         raise STPMError(msg) from None
     if "pred_score" not in names or len(shape) != 4:
-        msg = f"the model {path} has no output pred_score: give one that `anomalib export` wrote."
+        msg = f"the model {path} has no output pred_score: pass one that `anomalib export` wrote."
         raise STPMError(msg)
     if batch is not None and shape[0].is_static and shape[0].get_length() != batch:
-        msg = f"the model {path} takes batches of {shape[0].get_length()}: give --batch {shape[0].get_length()}."
+        msg = f"the model {path} takes batches of {shape[0].get_length()}: pass --batch {shape[0].get_length()}."
         raise STPMError(msg)
     return network
 

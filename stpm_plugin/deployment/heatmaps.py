@@ -52,5 +52,5 @@ def write(picture: np.ndarray, target: Path) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        msg = f"{target} cannot be written ({error.strerror}): make room, or give --heatmaps another folder."
+        msg = f"{target} cannot be written ({error.strerror}): make room, or choose another folder with --heatmaps."
         raise STPMError(msg) from None

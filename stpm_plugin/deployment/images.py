@@ -45,7 +45,7 @@ def find_images(sources: Sequence[str]) -> list[str]:
         else:
             chosen = _chosen(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))), SUFFIXES | VIDEOS)
         if not chosen:
-            msg = f"no image found at {source} ({', '.join(sorted(SUFFIXES))}): give a folder, a file or a pattern."
+            msg = f"no image found at {source} ({', '.join(sorted(SUFFIXES))}): pass a folder, a file or a pattern."
             raise STPMError(msg)
         found += chosen
     return list(dict.fromkeys(found))

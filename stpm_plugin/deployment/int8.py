@@ -124,7 +124,8 @@ def indices_of(dataset: Any, record: DataRecord | None) -> tuple[list[int], list
     """
     if record is None or not record.identified:
         rank_zero_warn(
-            "STPM: this model does not say which images trained it: all images calibrate, and none counts as held out."
+            "STPM: this model does not record which images trained it: INT8 is calibrated on all images, and none "
+            "counts as held out."
         )
         return list(range(len(dataset))), []
     _, _, digests = identify(paths_of(dataset))
@@ -132,16 +133,16 @@ def indices_of(dataset: Any, record: DataRecord | None) -> tuple[list[int], list
     held_out = [index for index, digest in enumerate(digests) if digest in record.held_out_digests]
     if not trained or (record.held_out and not held_out):
         msg = (
-            f"the data's {len(digests)} good images include {len(trained)} of the {len(record.trained_digests)} that "
-            f"trained this model and {len(held_out)} of its {len(record.held_out)} held-out ones: name its training "
-            "data (--good of `stpm export`, --data of `anomalib export`)."
+            f"this is not the model's training data: the {len(digests)} good images contain {len(trained)} of the "
+            f"{len(record.trained_digests)} that trained it and {len(held_out)} of its {len(record.held_out)} held-out "
+            "ones. Pass its training data (--good of `stpm export`, --data of `anomalib export`)."
         )
         raise STPMError(msg)
     missing = len(record.trained_digests) - len({digests[index] for index in trained})
     missing += len(record.held_out_digests) - len({digests[index] for index in held_out})
     if missing:
         rank_zero_warn(
-            f"STPM: {missing} images of the model's training are not in the data; INT8 is calibrated on the rest."
+            f"STPM: {missing} images of the model's training data are missing; INT8 is calibrated on the others."
         )
     return trained, held_out
 

@@ -122,7 +122,7 @@ class Scorer:
         self.smallest = 1 if seen is None else seen[-1].stride
         self.reduce_to = self.size if reduced_decode else None
         if reduced_decode and (self.size is None or ignore is not None):
-            msg = "reduced_decode needs a model that resizes images, and no mask: leave reduced_decode out."
+            msg = "reduced_decode needs a model that resizes images, and no mask: omit reduced_decode."
             raise STPMError(msg)
         if self.verdict is not None:
             network = ov.Model([tensor_of(network, name) for name in (RAW_SCORE, RAW_MAP)], network.get_parameters())
@@ -162,7 +162,7 @@ class Scorer:
                 decoded to a part of their size.
         """
         if maps and self.reduce_to is not None:
-            msg = "reduced_decode gives only scores and labels: leave out maps, regions and heat maps."
+            msg = "reduced_decode gives only scores and labels: omit maps, regions and heat maps."
             raise STPMError(msg)
         paths = (str(path) for path in files)
         prepare = functools.partial(self._prepare, keep=maps)

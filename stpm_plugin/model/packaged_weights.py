@@ -32,7 +32,7 @@ def read_lite0(backbone: str) -> Mapping[str, Tensor]:
     if backbone.partition(".")[0] != BACKBONE:
         msg = (
             f"teacher_weights={NAME} are weights of {BACKBONE}, and backbone is {backbone}: set backbone to "
-            f"{BACKBONE} and leave layers out."
+            f"{BACKBONE} and omit layers."
         )
         raise STPMError(msg)
     file = lite0_file()

@@ -111,7 +111,7 @@ def hub_reachable() -> bool:
 def _read(path: Path) -> Mapping[str, Tensor]:
     """Read a file of tensors; nothing in it is ever executed."""
     if not path.is_file():
-        msg = f"teacher_weights={str(path)!r} is not a file; give a .safetensors or .pth file, or lite0."
+        msg = f"teacher_weights={str(path)!r} is not a file: pass a .safetensors or .pth file, or lite0."
         raise STPMError(msg)
     try:
         if path.suffix == ".safetensors":
@@ -119,11 +119,14 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         msg = (
-            f"teacher_weights={str(path)!r} holds more than tensors, or is corrupt, so it is not loaded: save "
+            f"teacher_weights={str(path)!r} contains more than tensors or is corrupt, so it is not loaded: save "
             "only the network's state_dict(), preferably as .safetensors."
         )
         raise STPMError(msg) from None
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except OSError as error:
+        msg = f"teacher_weights={str(path)!r} cannot be read ({error.strerror or error})."
+        raise STPMError(msg) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         msg = f"teacher_weights={str(path)!r} is corrupt or not a weights file ({reason}): fetch it again."
         raise STPMError(msg) from None

@@ -141,7 +141,7 @@ def explanation(trainer: Trainer, exception: BaseException) -> str | None:
     if isinstance(exception, OSError) and exception.errno == errno.ENOSPC:
         return (
             f"the disk of {trainer.default_root_dir} is full in epoch {trainer.current_epoch}, and the checkpoint that "
-            "was being written may be truncated: make room, or give another folder with --default_root_dir."
+            "was being written may be truncated: make room, or choose another folder with --default_root_dir."
         )
     full = any(words in str(exception) for words in FULL_MEMORY)
     if full or isinstance(exception, torch.OutOfMemoryError | MemoryError):
@@ -166,9 +166,9 @@ def bad_checkpoint(path: str | Path | None, error: BaseException) -> str | None:
     if not path or not Path(path).is_file() or not isinstance(error, RuntimeError | pickle.UnpicklingError):
         return None
     if not zipfile.is_zipfile(path):
-        return f"the checkpoint {path} is truncated or not a checkpoint: give another, or train again."
+        return f"the checkpoint {path} is truncated or not a checkpoint: pass another, or train again."
     if isinstance(error, pickle.UnpicklingError):
-        return f"the checkpoint {path} holds more than tensors and settings, so it is not loaded: train again."
+        return f"the checkpoint {path} contains more than tensors and settings, so it is not loaded: train again."
     return None
 
 

@@ -60,7 +60,7 @@ class TrainedOnly(Base):
             STPMError: It is untrained.
         """
         if not self.trained:
-            msg = "this STPM is untrained: give the checkpoint of a trained one with --ckpt_path (ckpt_path=...)."
+            msg = "this STPM is untrained: pass the checkpoint of a trained one with --ckpt_path (ckpt_path=...)."
             raise STPMError(msg)
 
     # Export

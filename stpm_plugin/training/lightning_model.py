@@ -307,7 +307,7 @@ def check_crops(module: STPM) -> None:
         height, width = module.network_size
         msg = (
             f"crop_size={module.crop_size} trains on crops of images at their own size, but these are resized to "
-            f"{height} x {width}: set image_size to null, or leave crop_size out."
+            f"{height} x {width}: set image_size to null, or omit crop_size."
         )
         raise STPMError(msg)
 

@@ -111,13 +111,13 @@ def restore_mask(module: STPM, saved: Mapping[str, Any] | None, stated: Mapping[
     path, own = stated.get("ignore"), module.model.ignored
     if path is not None and saved is None:
         msg = (
-            f"ignore={path} was stated, and the checkpoint's model was trained without a mask: train it with the "
+            f"ignore={path} contradicts the checkpoint, whose model was trained without a mask: train it with the "
             "mask, or give the mask to `stpm score --ignore`."
         )
         raise STPMError(msg)
     if path is not None and saved is not None and Path(path).is_file() and digest_of(path) != saved["digest"]:
         msg = (
-            f"ignore={path} was stated, and the checkpoint's model was trained with another mask: leave ignore out, or "
+            f"ignore={path} contradicts the checkpoint, whose model was trained with another mask: omit ignore, or "
             "train the model again."
         )
         raise STPMError(msg)

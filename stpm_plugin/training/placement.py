@@ -45,7 +45,7 @@ def learn(module: STPM, images: NormalImages) -> UsualPlaces | None:
         return None
 
     if images.trained < FEWEST:
-        _refuse_if_stated(module, f"{images.trained} training images are too few: give {FEWEST} or more")
+        _refuse_if_stated(module, f"{images.trained} training images are too few: add some, to {FEWEST} or more")
         return None
 
     def features() -> Iterator[Tensor]:
@@ -57,9 +57,9 @@ def learn(module: STPM, images: NormalImages) -> UsualPlaces | None:
         reached = module.model.ignored.reached((mean.shape[1], mean.shape[2]))
     share = alignment(mean[:, reached], variance[:, reached])
     aligned = module.aligned or share > ALIGNED
-    word = "the parts lie alike" if share > ALIGNED else "the parts do not lie alike"
-    does = "what is missing or misplaced counts" if aligned else "their places do not count"
-    rank_zero_info(f"STPM: {word} ({share:.0%} of the features' variance goes with the position): {does}.")
+    word = "the parts are aligned" if share > ALIGNED else "the parts are not aligned"
+    does = "missing and misplaced parts count" if aligned else "their positions are ignored"
+    rank_zero_info(f"STPM: {word} ({share:.0%} of the features' variance depends on the position): {does}.")
     if not aligned:
         return None
     variance[:, ~reached] = torch.inf
@@ -151,5 +151,5 @@ def _refuse_if_stated(module: STPM, why: str) -> None:
         STPMError: It was stated.
     """
     if module.aligned:
-        msg = f"aligned=True was stated, but {why}, or leave aligned out."
+        msg = f"aligned=True is impossible here: {why}, or omit aligned."
         raise STPMError(msg)

@@ -141,7 +141,7 @@ def _refuse_another_architecture(module: STPM, state: Mapping[str, Any], stated:
             continue
         if name == "layers" and FeaturePyramid(state["backbone"], stated[name]).layers == list(state[name]):
             continue  # by their indices
-        msg = f"{name}={stated[name]} was stated, and the checkpoint has {name}={state[name]}: leave {name} out."
+        msg = f"{name}={stated[name]} contradicts the checkpoint, which has {name}={state[name]}: omit {name}."
         raise STPMError(msg)
 
 
@@ -151,7 +151,7 @@ def _restore_pre_processor(module: STPM, saved: Mapping[str, Any] | None, stated
     wanted = saved["config"] if saved else without
     changed = (own.checkpoint_config() if own is not None else without) != wanted
     if changed and "pre_processor" in stated:
-        msg = "pre_processor was stated, and the checkpoint's model was trained with another: leave pre_processor out."
+        msg = "pre_processor contradicts the checkpoint, whose model was trained with another: omit pre_processor."
         raise STPMError(msg)
     if changed and own is not None:
         own.load_checkpoint_config(wanted)
@@ -159,8 +159,8 @@ def _restore_pre_processor(module: STPM, saved: Mapping[str, Any] | None, stated
     if "image_size" in stated and "pre_processor" not in stated and size != module.network_size:
         trained_on = "{} x {} pixels".format(*module.network_size) if module.network_size else "their own size"
         msg = (
-            f"image_size={size} was stated, and the checkpoint's model was trained on images of {trained_on}: "
-            "leave image_size out."
+            f"image_size={size} contradicts the checkpoint, whose model was trained on images of {trained_on}: "
+            "omit image_size."
         )
         raise STPMError(msg)
 
@@ -177,7 +177,7 @@ def _restore_post_processor(module: STPM, saved: Mapping[str, Any] | None) -> No
     ):
         msg = (
             f"the checkpoint's post-processor is a {saved['class']} and this model's is a {type(own).__name__}, which "
-            f"would label images differently: give post_processor={saved['class']}."
+            f"would label images differently: set post_processor={saved['class']}."
         )
         raise STPMError(msg)
     own.load_checkpoint_config(saved["config"])
@@ -187,8 +187,8 @@ def _restore_post_processor(module: STPM, saved: Mapping[str, Any] | None) -> No
         rank_zero_info(f"STPM: {said}.")
         if said.startswith("normal_quantile") and not own.held_out_scores:
             rank_zero_warn(
-                "STPM: this checkpoint holds no held-out scores to set thresholds from, so the stated normal_quantile "
-                "has no effect: train the model again."
+                "STPM: this checkpoint contains no held-out scores to set thresholds from, so normal_quantile has no "
+                "effect: train the model again."
             )
 
 
@@ -201,7 +201,7 @@ def _restore_network(module: STPM, state: Mapping[str, Any], stated: Mapping[str
         if name in stated and stated[name] != state[name]:
             head[name] = stated[name]
             rank_zero_warn(
-                f"STPM: {name}={stated[name]} as stated, instead of the checkpoint's {state[name]}: the thresholds "
+                f"STPM: {name}={stated[name]} as set here, instead of the checkpoint's {state[name]}: the thresholds "
                 "belong to the latter, so labels mean little until `anomalib validate` or a training sets new ones."
             )
         elif getattr(network, name) != state[name]:
@@ -243,9 +243,7 @@ def refuse_foreign(checkpoint: Mapping[str, Any], path: Any) -> None:
     if not any(name.startswith("model.student.net.") for name in names):
         first = ", ".join(list(names)[:2]) or "none"
         where = f" {path}" if path else ""
-        msg = (
-            f"the checkpoint{where} holds another model than STPM ({first}, ...): give a checkpoint that STPM trained."
-        )
+        msg = f"the checkpoint{where} holds a model other than STPM ({first}, ...): pass a checkpoint of STPM."
         raise STPMError(msg)
 
 

@@ -138,7 +138,7 @@ def bound_epochs(trainer: Trainer, steps: int, epochs: int, budget: tuple[int, i
         why = "`epochs`" if passes == epochs or budget is None else f"`steps`, {budget[0]} to {budget[1]}"
         rank_zero_info(f"STPM: trainer.max_epochs is not set; training {passes} epochs (the model's {why}).")
     elif trainer.max_steps == -1 and trainer.max_epochs == -1 and schedule != "constant":
-        msg = f"schedule={schedule} needs an end and trainer.max_epochs is -1: give a number, or schedule=constant."
+        msg = f"schedule={schedule} needs an end and trainer.max_epochs is -1: set a number, or schedule=constant."
         raise STPMError(msg)
 
 

@@ -263,7 +263,7 @@ class WeightSelection(Callback):
         """Once the run's images are known, forget a choice that was made on other held-out images."""
         resumed, self._resumed = self._resumed, None
         if resumed is not None and (resumed["held_out"] is None or resumed["held_out"] != held_out_of(module)):
-            rank_zero_info("STPM: the held-out images differ from the checkpoint's, so the choice starts over.")
+            rank_zero_info("STPM: the held-out images differ from the checkpoint's, so epoch selection starts over.")
             self.chosen, self.scores, module.trained = None, [], False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightSelection:

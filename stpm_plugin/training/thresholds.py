@@ -124,7 +124,7 @@ class STPMPostProcessor(PostProcessor):
     def overruled(self, config: dict[str, Any]) -> list[str]:
         """Say which settings of a checkpoint the stated ones overrule, one sentence each."""
         return [
-            f"{name}={value} as stated, instead of the checkpoint's {config[name]}"
+            f"{name}={value} as set here, instead of the checkpoint's {config[name]}"
             for name, value in self.stated.items()
             if config.get(name, value) != value
         ]
@@ -255,6 +255,8 @@ class STPMPostProcessor(PostProcessor):
 
     def report(self) -> str:
         """Say in a sentence what the image threshold is, what set it, and the false alarms to expect."""
+        if self.basis == NO_BASIS:
+            return "no threshold was set, since no good image was held out and there is no validation set."
         said = f"image threshold {float(self.image_threshold):.4g} from the {self.basis}"
         alarms = self.expected_alarms()
         if alarms is None:

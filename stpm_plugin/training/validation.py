@@ -34,8 +34,8 @@ def validates_each_epoch(trainer: Trainer, module: STPM) -> bool:
         if monitor and monitor.startswith(MEASURED_BY_ANOMALIB) and monitor not in measured:
             there = ", ".join(["holdout_score", "train_loss", *measured])
             msg = (
-                f"{type(callback).__name__} monitors {monitor}, which is not measured while training: name that metric "
-                f"in val_metrics of anomalib.metrics.Evaluator (--model.evaluator), or monitor one of {there}."
+                f"{type(callback).__name__} monitors {monitor}, which is not measured while training: add that metric "
+                f"to val_metrics of anomalib.metrics.Evaluator (--model.evaluator), or monitor one of {there}."
             )
             raise STPMError(msg)
     return bool(measured) or trainer.check_val_every_n_epoch != 1 or trainer.val_check_interval != 1.0
