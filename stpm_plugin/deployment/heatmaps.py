@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from ..errors import STPMError
 from ..pictures import caption, overlay
+from ..writing import write_whole
 from .images import HEATMAP
 from .scorer import Scored
 
@@ -39,18 +37,10 @@ def file_of(path: str, folder: Path, root: Path) -> Path:
 
 
 def write(picture: np.ndarray, target: Path) -> None:
-    """Write a picture to a temporary file next to its target, then move it there.
+    """Write a picture.
 
     Raises:
         STPMError: It cannot be written.
     """
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(cv2.imencode(".jpg", picture)[1].tobytes())
-        beside.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        msg = f"{target} cannot be written ({error.strerror}): make room, or choose another folder with --heatmaps."
-        raise STPMError(msg) from None
+    content = cv2.imencode(".jpg", picture)[1].tobytes()
+    write_whole(target, content, "choose another folder with --heatmaps")

@@ -12,8 +12,8 @@ from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Trainer
 
-from ..errors import STPMError
 from ..pictures import caption, overlay
+from ..writing import write_whole
 
 LONGEST = 512  # pixels of a picture's longer side
 TRUE = (80, 200, 80)  # BGR of the outline of a true mask
@@ -57,12 +57,7 @@ def write(picture: np.ndarray, target: Path) -> None:
     Raises:
         STPMError: It cannot be written.
     """
-    content = cv2.imencode(target.suffix, picture)[1].tobytes()
-    try:
-        target.write_bytes(content)
-    except OSError as error:
-        msg = f"{target} cannot be written ({error.strerror}): make room, or set output_dir to another folder."
-        raise STPMError(msg) from None
+    write_whole(target, cv2.imencode(target.suffix, picture)[1].tobytes(), "set output_dir to another folder")
 
 
 def draw(item: Any, limit: float) -> np.ndarray:

@@ -17,26 +17,19 @@ from urllib.request import pathname2url
 
 import jinja2
 
-from ...errors import STPMError
+from ...writing import write_whole
 from ..table import cell, video_of
 from .contents import GOOD, UNLABELLED, Contents
 
 
 def write(target: Path, contents: Contents, pictures: Sequence[str], title: str) -> None:
-    """Write the page to a temporary file next to its target, then move it there.
+    """Write the page.
 
     Raises:
         STPMError: It cannot be written.
     """
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(page(contents, pictures, title, target.parent.resolve()), encoding="utf-8")
-        beside.replace(target)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        msg = f"{target} cannot be written ({error.strerror}): make room, or choose another file with --out."
-        raise STPMError(msg) from None
+    content = page(contents, pictures, title, target.parent.resolve()).encode()
+    write_whole(target, content, "choose another file with --out")
 
 
 def page(contents: Contents, pictures: Sequence[str], title: str, folder: Path) -> str:
