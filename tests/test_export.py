@@ -245,7 +245,9 @@ def test_int8_with_control_goes_back_to_float_until_held_out_maps_agree(demo, tm
     import openvino as ov
 
     _, model = fit(demo, tmp_path, 1, layers=["layer1", "layer2"], image_size=(32, 32))
-    path = model.to_openvino(tmp_path, compression_type=CompressionType.INT8_ACQ, datamodule=demo, max_drop=0.0)
+    names = {"model_file_name": "part", "datamodule": demo}
+    path = model.to_openvino(tmp_path, compression_type=CompressionType.INT8_ACQ, max_drop=0.0, **names)
+    assert path == tmp_path / "weights/openvino/part_int8_acq.xml"
     assert len(rounded_inputs(ov.Core().read_model(path))) <= 2
     model.data_record = replace(model.data_record, held_out=[])
     with pytest.raises(STPMError, match="use INT8_PTQ"):
