@@ -237,7 +237,7 @@ def test_int8_keeps_the_basis_of_the_thresholds(basis, validation, threshold):
 
 
 def test_int8_needs_normal_images_and_says_so(trained, tmp_path):
-    with pytest.raises(STPMError, match="name them with --data"):
+    with pytest.raises(STPMError, match="pass them with --data"):
         loaded(trained).to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
 
 

@@ -181,7 +181,7 @@ def test_bad_weights_files(tmp_path):
     torch.save({k: v for k, v in timm.create_model("resnet18").state_dict().items() if "layer3" not in k}, part)
     for path, words in (
         (tmp_path / "none.pth", "is not a file"),
-        (bomb, "holds more than tensors"),
+        (bomb, "contains more than tensors"),
         (broken, "is corrupt"),
         (other, "misshapen"),
         (part, "layer3.0.conv1.weight"),

@@ -76,7 +76,7 @@ def test_another_architecture_or_size_is_refused(name, of_quantile, data):
     ],
 )
 def test_a_default_that_is_given_in_python_is_stated_too(default, of_quantile):
-    with pytest.raises(STPMError, match=f"leave {next(iter(default))} out"):
+    with pytest.raises(STPMError, match=f"omit {next(iter(default))}"):
         STPM.load_from_checkpoint(of_quantile, **default)
 
 

@@ -163,7 +163,7 @@ def test_reduced_decoding_is_a_setting_of_its_rows(exported, tmp_path, capsys):
     assert float(row["raw"]) != float(plain["raw"])
     assert float(row["raw"]) == pytest.approx(float(plain["raw"]), rel=0.1)
     assert stpm([*command, "--reduced-decode", "--json"]) == 1
-    assert "leave out --json, --heatmaps and --ignore" in capsys.readouterr().err
+    assert "omit --json, --heatmaps and --ignore" in capsys.readouterr().err
 
 
 def test_a_heat_map_that_is_not_written_is_said(exported, numbered_images, tmp_path, capsys):

@@ -203,7 +203,7 @@ def test_threshold_and_sensitivity_move_the_labels(exported, numbered_images):
     assert [one.label == "anomalous" for one in moved] == [one.raw > middle for one in found]
     assert [one.raw for one in moved] == [one.raw for one in found]
     assert Scorer(exported, sensitivity=0.7).verdict.image.sensitivity == 0.7
-    with pytest.raises(STPMError, match="give one of them"):
+    with pytest.raises(STPMError, match="pass only one"):
         Scorer(exported, threshold=0.1, sensitivity=0.7)
 
 

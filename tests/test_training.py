@@ -464,7 +464,7 @@ def test_bad_checkpoints_are_refused(trained, exported, demo, demo_root, tmp_pat
     half.write_bytes(trained.read_bytes()[:100_000])
     torch.save({**torch.load(trained, weights_only=True), "bomb": Bomb()}, bomb)
     images = next(demo_root.glob("*/test/good"))
-    for checkpoint, words in ((half, "is truncated or not a checkpoint"), (bomb, "holds more than tensors and")):
+    for checkpoint, words in ((half, "is truncated or not a checkpoint"), (bomb, "contains more than tensors and")):
         said = f"the checkpoint {checkpoint} {words}"
         for read in (lambda path: predict(path, images), lambda path: fit(demo, tmp_path / "run", 5, path)):
             caplog.clear()
