@@ -130,7 +130,7 @@ def test_a_wrong_line_is_one_sentence(line, words, capsys):
         ("train missing", "missing does not exist: pass a folder of good images."),
         ("train model.ckpt", "model.ckpt is a file: pass a folder of good images."),
         ("train empty", "contains 0 images, but training needs at least 3"),
-        ("train junk", "holds 0 images"),
+        ("train junk", "contains 0 images"),
         ("train mvtec", "mvtec has the layout of MVTec AD: run `stpm train mvtec/train/good --bad mvtec/test`."),
         ("train mixed", "mixed holds bad, whose images would count as good"),
         ("train parts --bad parts/some", "holds parts/some, whose images would count as good"),

@@ -109,7 +109,7 @@ def test_a_stated_head_is_honoured_with_a_warning(route, of_quantile, data):
         else:
             model = STPM.load_from_checkpoint(of_quantile, **{name: value})
     assert getattr(model.model, name) == value == model.get_extra_state()[name]
-    said = [str(one.message) for one in caught if "as stated" in str(one.message)]
+    said = [str(one.message) for one in caught if "as set here" in str(one.message)]
     assert len(said) == 1
     assert said[0].startswith(f"STPM: {name}={value} as set here, instead of the checkpoint's {HEAD[name]}:")
 
@@ -368,5 +368,5 @@ def test_int8_refuses_other_data_and_says_what_it_does_not_know(of_quantile, dat
         indices_of(other.train_data, record)
     datamodule = data()
     datamodule.setup("fit")
-    with pytest.warns(UserWarning, match="does not say which images trained it"):
+    with pytest.warns(UserWarning, match="does not record which images trained it"):
         assert indices_of(datamodule.train_data, None) == (list(range(10)), [])
