@@ -83,7 +83,7 @@ def in_words(alarms: Limit, quantile: float | None = None) -> str:
         return f"{said}, by {alarms.images} held-out good images)."
     return (
         f"{said}). {alarms.images} held-out good images are too few for a quantile of {quantile:g}, which needs "
-        f"{images_needed(quantile)}: the threshold assumes log-normal scores. Raise holdout or add images to be sure."
+        f"{images_needed(quantile)}: the threshold assumes log-normal scores. Add good images to be sure."
     )
 
 

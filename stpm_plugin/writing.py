@@ -26,7 +26,8 @@ def write_whole(target: Path, content: bytes, remedy: str) -> None:
         beside.write_bytes(content)
         beside.replace(target)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         msg = f"{target} cannot be written ({error.strerror}): make room, or {remedy}."
         raise STPMError(msg) from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)

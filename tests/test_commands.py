@@ -134,7 +134,10 @@ def test_a_wrong_line_is_one_sentence(line, words, capsys):
         ("train mvtec", "mvtec has the layout of MVTec AD: run `stpm train mvtec/train/good --bad mvtec/test`."),
         ("train mixed", "mixed holds bad, whose images would count as good"),
         ("train parts --bad parts/some", "holds parts/some, whose images would count as good"),
-        ("train parts --name ../x", "--name ../x is a path: choose a name without slashes."),
+        (
+            "train parts --name ../x",
+            "--name ../x is not the name of a folder: choose one without slashes.",
+        ),
         ("train parts --results ünter", "anomalib cannot read paths with non-ASCII letters, and "),
         ("train parts --results model.ckpt", "--results model.ckpt is a file: pass a folder."),
         ("train parts --resume missing", "missing does not exist: pass the folder of a run"),

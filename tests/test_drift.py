@@ -132,7 +132,7 @@ def test_a_threshold_takes_good_readable_images_and_shows_itself(exported, good,
         (["--false-alarms", "0.1"], "--false-alarms needs good images"),
         (["--good", good, "--out", "new"], "--out new must be the model's .xml file, such as new.xml"),
         (["--out", "new.xml"], "--out needs a threshold to write: pass --good, --value or --sensitivity"),
-        (["--value", "1", "--device", "GPU"], "--device is only for --good"),
+        (["--value", "1", "--device", "GPU"], "--device is used only with --good"),
         (["--value", "1", "--out", "new.onnx"], "--out new.onnx must be the model's .xml file, such as new.xml"),
         (["--value", "1", "--out", "folder"], "--out folder must be the model's .xml file, such as folder/model.xml"),
     ]:

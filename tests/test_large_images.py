@@ -243,7 +243,7 @@ def test_it_matters_not_where_images_are_kept(cache, own_size, tmp_path):
 def test_bytes_are_kept_as_they_were_read(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache, "BLOCK", 400)  # 105, 189 and 21 bytes fit into one file, 441 need their own
     images = [torch.randint(0, 256, (3, side, 7), dtype=torch.uint8) for side in (5, 9, 1, 21, 6)]
-    for cache in (ImageCache(None), ImageCache(tmp_path / "new")):
+    for cache in (ImageCache(5, None), ImageCache(5, tmp_path / "new")):
         assert all(cache.put(image) for image in images)
         assert all(torch.equal(cache.get(index), image) for index, image in enumerate(images))
     storages = [cache.get(index).untyped_storage().data_ptr() for index in range(len(images))]
@@ -330,7 +330,7 @@ def test_crops_of_resized_images_are_refused(settings, words):
         ({"backbone": "mobilenetv3_small_100", "layers": None}, "mobilenetv3_small_100 sees the whole image"),
         ({"batch_size": 2}, r"training image .* has .* pixels and others .*batch_size=1"),
         ({"layers": [4]}, r"training image .*tiny.png has 20 x 40 pixels, and test_resnet needs 32 along each side"),
-        ({"aligned": True}, "aligned=True is impossible here: images are not resized to one size"),
+        ({"aligned": True}, "aligned=True is impossible here, because images are not resized to one size"),
     ],
 )
 def test_what_cannot_train_at_its_own_size_is_said(settings, words, own_size, tmp_path, monkeypatch):

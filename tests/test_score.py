@@ -157,7 +157,7 @@ def test_reduced_decoding_is_a_setting_of_its_rows(exported, tmp_path, capsys):
     (row,) = rows(tmp_path / "s.csv")
     assert row["settings"] == "CPU f32, decode reduced"
     assert stpm(command) == 1
-    assert "contains scores from other settings (CPU f32, decode reduced, these are" in capsys.readouterr().err
+    assert "contains scores from other settings (CPU f32, decode reduced; these are" in capsys.readouterr().err
     assert stpm([*command, "--restart"]) == 0
     (plain,) = rows(tmp_path / "s.csv")
     assert float(row["raw"]) != float(plain["raw"])

@@ -86,7 +86,7 @@ def test_rows_of_another_model_or_other_settings_are_refused(option, exported, i
         (tmp_path / "other.bin").write_bytes(weights)
     assert stpm(["score", *command]) == 1
     said = capsys.readouterr().err
-    others = "another model (" if option == "model" else "other settings (CPU f32, these are"
+    others = "another model (" if option == "model" else "other settings (CPU f32; these are"
     assert f"contains scores from {others}" in said
     assert "--restart" in said
     assert table.read_bytes() == before
@@ -321,6 +321,6 @@ def test_a_damaged_table_is_one_sentence(tmp_path):
 def test_a_table_that_is_refused_is_not_touched(tmp_path):
     (tmp_path / "s.csv").write_text(f"{HEADER}\r\n/a.png,1,1,,,1,1,1.0,other,x\r\n/cut")
     before = (tmp_path / "s.csv").read_bytes()
-    with pytest.raises(STPMError, match=r"contains scores from another model \(other, this one is"):
+    with pytest.raises(STPMError, match=r"contains scores from another model \(other; this one is"):
         Table(tmp_path / "s.csv", "mine", "x")
     assert (tmp_path / "s.csv").read_bytes() == before

@@ -137,7 +137,8 @@ def test_few_images_know_no_place_and_say_so(demo, tmp_path):
     _, model = fit(demo, tmp_path, 1)
     assert model.model.usual_places is None
     with pytest.raises(
-        STPMError, match=r"aligned=True is impossible here: 8 training images are too few: add .* or omit aligned"
+        STPMError,
+        match=r"aligned=True is impossible here, because it needs at least 16 training images, not 8: add images, or omit aligned",
     ):
         fit(demo, tmp_path, 1, aligned=True)
 

@@ -48,7 +48,7 @@ COMMANDS = {
     "threshold": ("threshold:Threshold", "show or move the threshold of an exported model"),
     "export": ("export:Export", "export a trained model to OpenVINO, in float or INT8"),
     "verify": ("verify:Verify", "compare an exported model with its checkpoint"),
-    "explain": ("explain:Explain", "draw what each layer of a trained model sees"),
+    "explain": ("explain:Explain", "draw what a trained model sees, layer by layer"),
     "doctor": ("doctor:Doctor", "report what this machine can do and what is missing"),
     "config": ("config:Config", "write a packaged YAML of settings, for `anomalib train`"),
 }

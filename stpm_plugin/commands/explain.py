@@ -162,7 +162,7 @@ def explain(checkpoint: str, images: Sequence[str], out: Path, most: int) -> int
 
     old = sorted(out.glob("[0-9][0-9]-*.png"))
     if old:
-        msg = f"{out} contains panels of an earlier run, such as {old[0].name}: remove it, or set another --out."
+        msg = f"{out} contains panels of an earlier run, such as {old[0].name}: remove them, or set another --out."
         raise STPMError(msg)
     model = load(checkpoint)
     paths: list[str] = find_images(images)

@@ -64,7 +64,7 @@ class Threshold:
             msg = "--out needs a threshold to write: pass --good, --value or --sensitivity."
             raise STPMError(msg)
         if self.device != "CPU" and not self.good:
-            msg = "--device is only for --good, whose images it scores: omit it."
+            msg = "--device is used only with --good: omit it."
             raise STPMError(msg)
         check_target(self.out)
         verdict, digests = verdict_of(self.model), list[str]()

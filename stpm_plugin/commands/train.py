@@ -79,7 +79,7 @@ class Train:
                 raise STPMError(msg)
         name = named_after(self.folder) if self.name is None else self.name
         if Path(name).name != name or name in ("", ".", ".."):
-            msg = f"--name {name} is a path: choose a name without slashes."
+            msg = f"--name {name} is not the name of a folder: choose one without slashes."
             raise STPMError(msg)
         options = {"name": name, "root": good.parent, "normal_dir": good.name, **settings_of_test(self.bad, self.masks)}
         arguments = [f"--data.init_args.{key}={_as_yaml(value)}" for key, value in options.items()]

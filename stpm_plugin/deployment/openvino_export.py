@@ -120,7 +120,7 @@ def export(
             if module.network_size is None:
                 name_levels(model, module.model)
         suffix = f"_{CompressionType(compression_type).value}" if compression_type else ""
-        target = (Path(export_root) / source.relative_to(folder)).with_name(f"{model_file_name}{suffix}.xml")
+        target = Path(export_root) / source.relative_to(folder).parent / f"{model_file_name}{suffix}.xml"
         describe(model, resized_to(module.pre_processor), module.data_record)
         write(model, target)
     return target

@@ -99,7 +99,11 @@ class Table:
                     old.close()  # Windows replaces no open file; elsewhere closing it would unlock it
                 self._replace(fresh)
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
-        _lock(self.file, self.path)
+        try:
+            _lock(self.file, self.path)
+        except STPMError:
+            os.close(self.file)
+            raise
         self.length = os.fstat(self.file).st_size
 
     def has(self, name: str) -> bool:
@@ -156,10 +160,10 @@ class Table:
         others = {(row[8], row[9]) for row in whole} - {(self.model, self.settings)}
         if others:
             model, settings = sorted(others)[0]
-            what = f"another model ({model}" if model != self.model else f"other settings ({settings}"
+            what = f"another model ({model};" if model != self.model else f"other settings ({settings};"
             mine = f"this one is {self.model})" if model != self.model else f"these are {self.settings})"
             msg = (
-                f"{self.path} contains scores from {what}, {mine}: choose another file with --csv, or replace it with "
+                f"{self.path} contains scores from {what} {mine}: choose another file with --csv, or replace it with "
                 "--restart."
             )
             raise STPMError(msg)

@@ -124,7 +124,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         )
         raise STPMError(msg) from None
     except OSError as error:
-        msg = f"teacher_weights={str(path)!r} cannot be read ({error.strerror or error})."
+        msg = f"teacher_weights={str(path)!r} cannot be read ({error.strerror or error}): check its permissions."
         raise STPMError(msg) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

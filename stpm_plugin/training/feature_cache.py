@@ -62,11 +62,12 @@ class ImageCache:
     """Images (3, H, W) of any sizes, uint8, in the order in which they are put.
 
     Args:
+        count: Number of images that will be put.
         directory: Of files of many images each; ``None`` for main memory.
     """
 
-    def __init__(self, directory: Path | None) -> None:
-        self.directory = directory
+    def __init__(self, count: int, directory: Path | None) -> None:
+        self.count, self.directory = count, directory
         self.images: list[Tensor] = []
         self._room = torch.empty(0, dtype=torch.uint8)  # of the last file
 
@@ -74,11 +75,11 @@ class ImageCache:
         """Keep an image; returns whether there was room, and warns if there was none."""
         if self.directory is not None:
             if image.numel() > len(self._room):
+                size = image.numel() * max(1, min(self.count - len(self.images), BLOCK // image.numel()))
                 try:
-                    self._room = _mapped(self.directory, max(BLOCK, image.numel()), torch.uint8)
+                    self._room = _mapped(self.directory, size, torch.uint8)
                 except OSError as error:
-                    kept = sum(one.numel() for one in self.images)
-                    _no_room(kept + image.numel(), self.directory, error)
+                    _no_room(sum(one.numel() for one in self.images) + size, self.directory, error)
                     return False
             room, self._room = self._room[: image.numel()], self._room[image.numel() :]
             image = room.view(image.shape).copy_(image)
@@ -112,7 +113,7 @@ def open_image_cache(
     if storage is None:
         return None
     _announce(f"{count} images", storage, need, device, step)
-    return ImageCache(storage if isinstance(storage, Path) else None)
+    return ImageCache(count, storage if isinstance(storage, Path) else None)
 
 
 def open_cache(

@@ -45,7 +45,7 @@ def learn(module: STPM, images: NormalImages) -> UsualPlaces | None:
         return None
 
     if images.trained < FEWEST:
-        _refuse_if_stated(module, f"{images.trained} training images are too few: add some, to {FEWEST} or more")
+        _refuse_if_stated(module, f"it needs at least {FEWEST} training images, not {images.trained}: add images")
         return None
 
     def features() -> Iterator[Tensor]:
@@ -151,5 +151,5 @@ def _refuse_if_stated(module: STPM, why: str) -> None:
         STPMError: It was stated.
     """
     if module.aligned:
-        msg = f"aligned=True is impossible here: {why}, or omit aligned."
+        msg = f"aligned=True is impossible here, because {why}, or omit aligned."
         raise STPMError(msg)

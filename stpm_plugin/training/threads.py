@@ -54,7 +54,7 @@ class FreeProcessors(Callback):
             self.next_probe = time.monotonic() + EVERY
             if free != before:
                 rank_zero_info(
-                    f"STPM: training on {free} of {self.most} threads, because other work occupies processors."
+                    f"STPM: training on {free} of {self.most} threads, because other processes use the CPU."
                     if free < self.most
                     else f"STPM: training on all {free} threads again."
                 )

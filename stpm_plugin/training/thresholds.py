@@ -256,7 +256,7 @@ class STPMPostProcessor(PostProcessor):
     def report(self) -> str:
         """Say in a sentence what the image threshold is, what set it, and the false alarms to expect."""
         if self.basis == NO_BASIS:
-            return "no threshold was set, since no good image was held out and there is no validation set."
+            return "no threshold was set."
         said = f"image threshold {float(self.image_threshold):.4g} from the {self.basis}"
         alarms = self.expected_alarms()
         if alarms is None:
