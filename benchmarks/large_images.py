@@ -81,7 +81,7 @@ def data_of(name: str, work: Path) -> AnomalibDataModule:
 def settings_of(size: str) -> Row:
     """The model's arguments for a size."""
     kind, _, crop = size.partition("-")
-    native: Row = {"image_size": None, "batch_size": 1, "epochs": 4, "steps": (300, 700)}
+    native: Row = {"image_size": None, "batch_size": 1, "epochs": 4, "steps": (300, 1400)}
     made: Row = native if kind == "own" else {"image_size": (int(size), int(size))}
     return made | ({"crop_size": int(crop)} if crop else {})
 
