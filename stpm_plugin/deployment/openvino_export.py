@@ -147,16 +147,16 @@ def appendable(post_processor: PostProcessor | None) -> bool:
 
 def verdict_of(post_processor: PostProcessor, model: STPMModel) -> Verdict:
     """What a post-processor does, as numbers."""
-    relative, quantile = False, None
+    quantile = None
     if isinstance(post_processor, STPMPostProcessor) and post_processor.basis == HELD_OUT:
-        relative, quantile = True, post_processor.quantile
+        quantile = post_processor.quantile
 
     def scale(kind: str) -> Scale:
         threshold, low, high = (
             float(getattr(post_processor, f"{kind}_{name}")) for name in ("threshold", "min", "max")
         )
         sensitivity = float(getattr(post_processor, f"{kind}_sensitivity"))
-        if relative:
+        if quantile is not None:  # scores are relative to the threshold
             return Scale(threshold, sensitivity=sensitivity)
         return Scale((low + high) / 2 if math.isnan(threshold) else threshold, low, high, sensitivity)
 
