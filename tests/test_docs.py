@@ -1,5 +1,6 @@
 """Each command of the README and of docs/ runs, on the drawn data, but for those that say what they need."""
 
+import ast
 import os
 import re
 import shutil
@@ -101,6 +102,27 @@ def in_a_shell(command: str) -> tuple[int, str]:
         command, shell=True, capture_output=True, text=True, timeout=600, env=os.environ | bin_first, check=False
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def test_the_messages_that_are_explained_exist() -> None:
+    """Each that the page on what goes wrong quotes, where `...` stands for names and numbers."""
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    cells = re.findall(r"^\| (`.*?`) \| ", page, re.MULTILINE)
+    quoted = [text for cell in cells for text in re.findall("`(.+?)`", cell)]
+    ours = "\n".join(text for file in ROOT.glob("stpm_plugin/**/*.py") for text in texts(ast.parse(file.read_text())))
+    assert len(quoted) > 60
+    for text in quoted:
+        assert re.search(".*".join(map(re.escape, text.split("..."))), ours), text
+
+
+def texts(node: ast.AST) -> list[str]:
+    """The strings in some code, a line each; a string with values is one, with `...` in their place."""
+    if isinstance(node, ast.Constant):
+        return [node.value.replace("\n", " ")] if isinstance(node.value, str) else []
+    if isinstance(node, ast.JoinedStr):
+        parts = (part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+        return ["".join(map(str, parts)).replace("\n", " ")]
+    return [text for child in ast.iter_child_nodes(node) for text in texts(child)]
 
 
 def test_links_lead_somewhere() -> None:
