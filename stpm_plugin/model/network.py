@@ -18,7 +18,7 @@ from .reach import reaches, stitched
 from .usual_places import UsualPlaces
 from .windows import LARGEST, Reach
 
-BYTES_A_PIXEL = 240  # memory that networks take for each pixel of a window, in float32 (docs/large-images.md)
+BYTES_A_PIXEL = 240  # memory that networks take for each pixel of a window, in float32 (docs/own-size.md)
 
 
 class STPMModel(nn.Module):
