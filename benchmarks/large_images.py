@@ -8,8 +8,7 @@ A size is that to which images are resized, or `own`; `own-160` has crops of 160
 own, by anomalib's Engine, with nothing else on the machine; rows are written as they come to
 `results/large_images.json`, and what has a row is not run again. Maps are compared with masks at the masks' size.
 Recipes are the plugin's; at their own size `configs/native.yaml`'s, but for the hold-out, which is the others'. Rows of
-12 megapixels, of half the steps, and of anomalib's PatchCore and Stfpm are by the command as of commit 951a4ce;
-`inference_speed.py` times files of 12 megapixels.
+12 megapixels, of half the steps, and of anomalib's PatchCore and Stfpm are by the command as of commit 951a4ce.
 """
 
 from __future__ import annotations
@@ -150,10 +149,11 @@ def draw(kept: dict[str, Row]) -> Figure:
     axis = figure.subplots()
     ticks = [f"{low + 1} to {high}" for low, high in EXTENTS]
     for key, row in kept.items():
-        if "scores" in row:
-            axis.plot(ticks, [area for area, _ in by_extent(row["scores"])], "o-", label=key)
+        if "scores" in row and " " not in (size := key.split(", ")[2]):  # the others are of former recipes
+            label = f"resized to {size} x {size}" if size.isdigit() else size.replace("own", "own size")
+            axis.plot(ticks, [area for area, _ in by_extent(row["scores"])], "o-", label=label)
     axis.set(xlabel="extent of the defect, pixels of 2048", ylabel="image AUROC", ylim=(0.5, 1.02))
-    axis.legend(fontsize=8)
+    axis.legend()
     return figure
 
 
