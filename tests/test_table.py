@@ -34,7 +34,7 @@ def names(table: Path) -> list[str]:
     return [Path(row["path"]).name for row in rows(table)]
 
 
-def test_a_half_done_table_is_resumed(exported, images, tmp_path):
+def test_a_half_done_table_is_resumed(exported, images, tmp_path, capsys):
     whole, half = tmp_path / "whole.csv", tmp_path / "half.csv"
     assert stpm(["score", str(exported), str(images), "--csv", str(whole)]) == 0
     half.write_bytes(whole.read_bytes()[:-20])  # the last row is cut off
@@ -43,8 +43,11 @@ def test_a_half_done_table_is_resumed(exported, images, tmp_path):
     assert rows(half)[:4] == kept
     assert [row["raw"] for row in rows(half)] == [row["raw"] for row in rows(whole)]
     before = half.read_bytes()
+    capsys.readouterr()
     assert stpm(["score", str(exported), str(images), "--csv", str(half)]) == 0
     assert half.read_bytes() == before
+    first, _ = capsys.readouterr().err.splitlines()  # then how many are anomalous
+    assert first == "all 5 images are scored already."
 
 
 def test_an_image_that_changed_is_scored_again_and_one_that_is_gone_leaves(exported, images, tmp_path, capsys):

@@ -141,7 +141,7 @@ def parser_of(name: str) -> ArgumentParser:
             parser.add_argument(field.name, **option)
             continue
         option["default"] = field.default_factory() if callable(field.default_factory) else field.default
-        if isinstance(option["default"], str | float | Path) and not isinstance(option["default"], bool):
+        if isinstance(option["default"], str | int | float | Path) and not isinstance(option["default"], bool):
             option["help"] += f" (default: {option['default']})"
         if option["type"] is bool:
             del option["type"], option["default"]

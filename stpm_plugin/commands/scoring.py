@@ -54,6 +54,8 @@ class Run:
         left = [path for path in self.paths if not self._done(path)]
         if self.table.replaced:
             print(f"{self.table.replaced} images have changed or are gone: their rows were dropped.", file=sys.stderr)
+        if not left:
+            print(f"all {len(self.paths)} images are scored already.", file=sys.stderr)
         with self.table:
             progress = Progress(len(left))
             try:

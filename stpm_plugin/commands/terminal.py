@@ -51,8 +51,9 @@ class Progress:
             print(line, file=self.stream, flush=True)
 
     def end(self) -> None:
-        """Show the line a last time and end it."""
-        self.show(last=True)
+        """Show the line a last time and end it; nothing, where there was nothing to do."""
+        if self.total or self.done:
+            self.show(last=True)
 
 
 def in_words(seconds: float) -> str:
