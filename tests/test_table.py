@@ -47,7 +47,7 @@ def test_a_half_done_table_is_resumed(exported, images, tmp_path, capsys):
     assert stpm(["score", str(exported), str(images), "--csv", str(half)]) == 0
     assert half.read_bytes() == before
     first, _ = capsys.readouterr().err.splitlines()  # then how many are anomalous
-    assert first == "all 5 images are scored already."
+    assert first == "all images are scored already."
 
 
 def test_an_image_that_changed_is_scored_again_and_one_that_is_gone_leaves(exported, images, tmp_path, capsys):
@@ -313,6 +313,10 @@ def test_a_video_is_scored_by_frames_and_resumed(exported, numbered_images, tmp_
     table.write_bytes(b"".join(lines[:4]))
     assert stpm(["score", str(exported), str(video), "--csv", str(table)]) == 0
     assert [row["raw"] for row in rows(table)] == [line.split(b",")[2].decode() for line in lines[1:]]
+    before = table.read_bytes()
+    assert stpm(["score", str(exported), str(video), "--csv", str(table), "--heatmaps", str(tmp_path / "maps")]) == 0
+    assert len(list((tmp_path / "maps").iterdir())) == 6  # of frames that have rows already
+    assert table.read_bytes() == before
 
 
 def test_a_damaged_table_is_one_sentence(tmp_path):

@@ -54,18 +54,18 @@ class Run:
         left = [path for path in self.paths if not self._done(path)]
         if self.table.replaced:
             print(f"{self.table.replaced} images have changed or are gone: their rows were dropped.", file=sys.stderr)
-        if not left:
-            print(f"all {len(self.paths)} images are scored already.", file=sys.stderr)
         with self.table:
             progress = Progress(len(left))
             try:
                 for scored in self.worker.rows(
-                    self._stamped(left), self._note_unreadable, self._note_refused, self.table.has
+                    self._stamped(left), self._note_unreadable, self._note_refused, self._kept
                 ):
                     self._keep(scored)
                     progress.step()
             finally:
                 progress.end()
+            if not progress.done and not self.broken:
+                print("all images are scored already.", file=sys.stderr)
             names = set(map(cell, self.paths))
             for row in self.table.rows.values():
                 if video_of(row[0]) in names:
@@ -112,8 +112,12 @@ class Run:
             return False  # its frames are counted while it is read
         if path in self.refused and self.refused[path] == stamp(path):
             return True
+        return self._kept(path)
+
+    def _kept(self, name: str) -> bool:
+        """Whether an image or a video's frame has a row, and a heat map if one is wanted."""
         folder = self.options.heatmaps
-        return self.table.has(path) and (folder is None or file_of(path, folder, self.root).exists())
+        return self.table.has(name) and (folder is None or file_of(name, folder, self.root).exists())
 
     def _stamped(self, paths: Sequence[str]) -> Any:
         """Note each image's stamp before it is read."""

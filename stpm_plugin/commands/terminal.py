@@ -51,8 +51,8 @@ class Progress:
             print(line, file=self.stream, flush=True)
 
     def end(self) -> None:
-        """Show the line a last time and end it; nothing, where there was nothing to do."""
-        if self.total or self.done:
+        """Show the line a last time and end it, if anything was done."""
+        if self.done:
             self.show(last=True)
 
 
