@@ -160,6 +160,19 @@ def loaded(checkpoint: Path):
     return STPM.load_from_checkpoint(checkpoint, map_location="cpu")
 
 
+def six_frames(folder: Path) -> Path:
+    """A video of six grey frames, from black to light, in a folder."""
+    import cv2
+    import numpy as np
+
+    video = folder / "line.avi"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 64))
+    for number in range(6):
+        writer.write(np.full((64, 64, 3), 40 * number, np.uint8))
+    writer.release()
+    return video
+
+
 def rows(table: Path) -> list[dict[str, str]]:
     """The rows of a CSV of scores."""
     with table.open(newline="", encoding="utf-8") as file:

@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 
 import cv2
-import numpy as np
 import psutil
 import pytest
-from conftest import rows, run
+from conftest import rows, run, six_frames
 
 from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.deployment.scorer import Scored
@@ -300,11 +299,7 @@ def test_json_lines_hold_regions_and_the_exit_code_tells(exported, demo_root, tm
 
 
 def test_a_video_is_scored_by_frames_and_resumed(exported, numbered_images, tmp_path):
-    video, table = tmp_path / "line.avi", tmp_path / "s.csv"
-    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 64))
-    for number in range(6):
-        writer.write(np.full((64, 64, 3), 40 * number, np.uint8))
-    writer.release()
+    video, table = six_frames(tmp_path), tmp_path / "s.csv"
     assert stpm(["score", str(exported), str(video), "--csv", str(table)]) == 0
     whole = table.read_bytes()
     assert names(table) == [f"line.avi#{number}" for number in range(6)]

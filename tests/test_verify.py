@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import exported_in, loaded
+from conftest import exported_in, loaded, six_frames
 
 from stpm_plugin.commands import verify
 from stpm_plugin.commands.entry import main as stpm
@@ -38,6 +38,13 @@ def test_a_right_model_agrees_and_a_wrong_one_does_not(models, demo_root, capsys
     said = capsys.readouterr().out
     assert "NOT safe" in said
     assert "do NOT agree" in said
+
+
+def test_the_frames_of_a_video_are_compared(models, tmp_path, capsys):
+    assert stpm(["verify", str(models[0]), str(models[1]), str(six_frames(tmp_path)), "--precision", "f32"]) == 0
+    said = capsys.readouterr().out
+    assert "6 images, " in said
+    assert "equal labels 100.0%" in said
 
 
 def test_images_that_trained_the_model_do_not_count_for_auroc(models, demo_root, capsys):

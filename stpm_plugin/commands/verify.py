@@ -19,7 +19,7 @@ from ..decoding import UNREADABLE
 from ..deployment.images import find_images, read_images
 from ..deployment.scorer import Scorer
 from ..deployment.settings import Precision
-from ..deployment.table import cell
+from ..deployment.table import cell, video_of
 from ..errors import STPMError
 from ..training.data_record import among
 
@@ -39,7 +39,7 @@ class Verify:
     Args:
         checkpoint: .ckpt file of a trained STPM.
         model: .xml or .onnx file that was exported from it.
-        images: Folders, files or patterns; folders named `good` are normal.
+        images: Folders, files, videos or patterns; folders named `good` are normal.
         device: OpenVINO's device.
         precision: Precisions to compare; by default all that the device offers.
         scores: Largest difference of a score that is allowed; 0.1 suits INT8.
@@ -166,9 +166,10 @@ def compare(options: Verify) -> int:
     print(f"{len(read)} images, {options.model} against {options.checkpoint}")
     if trained:
         print(f"{len(trained)} of them trained the model: they are compared, but do not count for AUROC")
+    files = list(dict.fromkeys(map(video_of, read)))
     safe = {}
     for name, scorer in scorers.items():
-        safe[name], words = agree(before, exported_verdicts(scorer, read, name), defective, unseen, options)
+        safe[name], words = agree(before, exported_verdicts(scorer, files, name), defective, unseen, options)
         print(f"{name}: {words}: {'safe' if safe[name] else 'NOT safe'}")
     for path in broken:
         print(f"{cell(path)} {UNREADABLE}.", file=sys.stderr)
