@@ -1,6 +1,7 @@
 """Each command of the README and of docs/ runs, on the drawn data, but for those that say what they need."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -8,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import openvino as ov
 import pytest
+import torch
 import warm
 import yaml
 from conftest import TEACHER, TINY
@@ -123,6 +126,21 @@ def texts(node: ast.AST) -> list[str]:
         parts = (part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
         return ["".join(map(str, parts)).replace("\n", " ")]
     return [text for child in ast.iter_child_nodes(node) for text in texts(child)]
+
+
+def test_the_formats_name_every_field(trained: Path, exported: Path) -> None:
+    """All that a checkpoint and an exported model hold; what only some exports hold is `set_by` and `reaches`."""
+    page = (ROOT / "docs/formats.md").read_text()
+    first = {
+        name for cell in re.findall(r"^\| (`.*?`) \| ", page, re.MULTILINE) for name in re.findall("`(.+?)`", cell)
+    }
+    state = torch.load(trained, weights_only=True)["state_dict"]["_extra_state"]
+    model = ov.Core().read_model(exported)
+    verdict = json.loads(model.get_rt_info(["stpm", "verdict"]).astype(str))
+    stored = set(re.findall(r"<(\w+) value", exported.read_text().split("<stpm>")[1]))
+    assert first == {*state, *verdict, *stored, "set_by", "reaches"}
+    formats = [model.get_rt_info(["stpm", "format"]).astype(int), state["format"]]
+    assert formats == [int(number) for number in re.findall(r"^\| `format` \| (\d+) \|", page, re.MULTILINE)]
 
 
 def test_links_lead_somewhere() -> None:
