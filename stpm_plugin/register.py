@@ -58,8 +58,8 @@ def _on_import(module: ModuleType) -> None:
 
 def _warn(error: Exception) -> None:
     said = (
-        f"stpm_plugin could not register STPM with anomalib ({type(error).__name__}: {error}). Reinstall it with "
-        "`pip install --force-reinstall stpm-plugin`, or set STPM_PLUGIN_AUTOLOAD=0 to continue without it."
+        f"stpm_plugin could not register STPM with anomalib ({type(error).__name__}: {error}). Install "
+        "the package again, or set STPM_PLUGIN_AUTOLOAD=0 to continue without it."
     )
     try:
         warnings.warn(said, stacklevel=2)

@@ -335,7 +335,7 @@ REFUSED = {
     "black": "black everywhere, so it ignores nothing: paint white",
     "small": r"training image .*\.png has 256 x 256 pixels and the mask .* has 64 x 65: they must be equal",
     "leaves nothing": r"leaves no pixel at 64 x 64: ignore less, or set a larger image_size",
-    "not resized": r"resized to one size, and these are not: set image_size, or give the mask only to `stpm",
+    "not resized": r"resized to one size, and these are not: set image_size \(and no crop_size\), or pass",
     "cropped": "also go through a CenterCrop: leave out one of the two",
 }
 

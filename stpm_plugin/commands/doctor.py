@@ -62,7 +62,7 @@ def packages() -> Iterator[tuple[bool, str]]:
     there = ", ".join(f"{name} {number}" for name, number in found.items() if number)
     yield True, f"Python {platform.python_version()} on {platform.system()} {platform.machine()}: {there}"
     if missing:
-        yield False, f"missing: {', '.join(missing)}: install them with `pip install stpm-plugin`"
+        yield False, f"missing: {', '.join(missing)}: install this package again"
     if os.environ.get("STPM_PLUGIN_AUTOLOAD") == "0" or os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         yield (
             True,

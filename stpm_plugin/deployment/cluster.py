@@ -1,6 +1,6 @@
 """Score over a Ray cluster: one compiled model per node, each reading its own images.
 
-Each node needs `pip install 'stpm-plugin[cluster]'` and the images under the same paths. A lost worker is restarted
+Each node needs this package, `pip install 'ray[data]'` and the images under the same paths. A lost worker is restarted
 if a node has room, and its images are scored again.
 """
 
@@ -49,7 +49,7 @@ class Cluster:
         try:
             import ray.data
         except ImportError:
-            msg = "--ray needs Ray: pip install 'stpm-plugin[cluster]'."
+            msg = "--ray needs Ray: pip install 'ray[data]'."
             raise STPMError(msg) from None
         self.scorer = Scorer(**options)  # a bad model raises here, not in a worker
         try:

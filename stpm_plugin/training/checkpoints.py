@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from ..errors import STPMError
 from . import saved_state
-from .diagnostics import bad_checkpoint, require_room, size_of
+from .diagnostics import RESULTS_OPTION, bad_checkpoint, require_room, size_of
 
 if TYPE_CHECKING:
     from .lightning_model import STPM
@@ -63,7 +63,7 @@ class Checkpointed(Base):
         need = 2 * size_of(checkpoint["state_dict"])  # the student under training and its momentum take less than that
         folders = {Path(getattr(one, "dirpath", None) or ".") for one in self.trainer.checkpoint_callbacks}
         for folder in folders or {Path(self.trainer.default_root_dir)}:
-            require_room(folder, need, "a checkpoint", "--default_root_dir")
+            require_room(folder, need, "a checkpoint", RESULTS_OPTION)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # the other arguments are passed on

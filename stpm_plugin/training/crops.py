@@ -98,8 +98,8 @@ class CroppedImages(NormalImages):
         if module.model.reaches is None:
             msg = (
                 f"crop_size={module.crop_size}: each position of {module.model.backbone} sees the whole image, or it "
-                "takes images of one size, so a crop cannot stand for the image: set image_size, or choose another "
-                "backbone."
+                "takes images of one size, so a crop cannot stand for the image: set image_size instead of "
+                "crop_size, or choose another backbone."
             )
             raise STPMError(msg)
         odd = parts_besides(transform, PIXEL_BY_PIXEL)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 FULL_MEMORY = ("not enough memory", "allocate memory", "out of memory")  # Windows, Linux and CUDA
+RESULTS_OPTION = "--default_root_dir (--results of stpm train)"
 LOST_PEER = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -141,7 +142,7 @@ def explanation(trainer: Trainer, exception: BaseException) -> str | None:
     if isinstance(exception, OSError) and exception.errno == errno.ENOSPC:
         return (
             f"the disk of {trainer.default_root_dir} is full in epoch {trainer.current_epoch}, and the checkpoint that "
-            "was being written may be truncated: make room, or choose another folder with --default_root_dir."
+            f"was being written may be truncated: make room, or choose another folder with {RESULTS_OPTION}."
         )
     full = any(words in str(exception) for words in FULL_MEMORY)
     if full or isinstance(exception, torch.OutOfMemoryError | MemoryError):
@@ -188,6 +189,6 @@ def require_room(folder: Path, need: int, what: str, option: str) -> None:
     if free < need:
         msg = (
             f"{what} may take {need / 2**20:.0f} MiB and the disk of {folder} has {free / 2**20:.0f}: make room, or "
-            f"give another folder with {option}."
+            f"choose another folder with {option}."
         )
         raise STPMError(msg)

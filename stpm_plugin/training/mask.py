@@ -39,8 +39,8 @@ def read_mask(module: STPM, source: Any) -> Ignored | None:
     size = module.network_size
     if size is None:
         msg = (
-            f"ignore={path} needs images that are resized to one size, and these are not: set image_size, or give the "
-            "mask only to `stpm score --ignore`."
+            f"ignore={path} needs images that are resized to one size, and these are not: set image_size (and no "
+            "crop_size), or pass the mask only to `stpm score --ignore`."
         )
         raise STPMError(msg)
     mask = torch.from_numpy(read_ignored(path))

@@ -202,7 +202,7 @@ def _restore_network(module: STPM, state: Mapping[str, Any], stated: Mapping[str
             head[name] = stated[name]
             rank_zero_warn(
                 f"STPM: {name}={stated[name]} as set here, instead of the checkpoint's {state[name]}: the thresholds "
-                "belong to the latter, so labels mean little until `anomalib validate` or a training sets new ones."
+                "belong to the latter, so labels mean little until `Engine.validate` or a training sets new ones."
             )
         elif getattr(network, name) != state[name]:
             taken.append(f"{name}={state[name]}")
