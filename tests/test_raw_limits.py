@@ -95,7 +95,7 @@ def test_without_a_range_another_sensitivity_is_refused():
     with pytest.raises(STPMError, match=r"sensitivity=0\.75 .* enable_normalization=False"):
         by_graph(verdict_of(judge, NETWORK))
     verdict = verdict_of(without_range(validated()), NETWORK)
-    assert verdict.with_sensitivity(0.5) == verdict
+    assert repr(verdict.with_sensitivity(0.5)) == repr(verdict)  # NaN equals nothing, nor do fields from Python 3.13 on
     with pytest.raises(STPMError, match=r"sensitivity=0\.75 .* enable_normalization=False"):
         verdict.with_sensitivity(0.75)
 
