@@ -92,6 +92,21 @@ def test_version_and_the_old_forms(exported, numbered_images, tmp_path):
     assert len(rows(tmp_path / "s.csv")) == 5
 
 
+def test_what_is_typed_counts_more_than_the_file_of_options(tmp_path):
+    (tmp_path / "line.yaml").write_text("threshold: 5\nbatch: 2\n")
+    for file in (["--config-file", "line.yaml"], ["--config-file=line.yaml"]):
+        for line in (["--threshold", "3", *file], [*file, "--threshold", "3"]):
+            made = entry.parse(["score", "model.xml", "parts", *line])
+            assert (made.threshold, made.batch, made.images) == (3, 2, ["parts"])
+
+
+def test_a_missing_package_is_named(exported):
+    code = "import sys; sys.modules['scipy'] = None; from stpm_plugin.commands.entry import main; sys.exit(main(sys.argv[1:]))"
+    said = run("-c", code, "threshold", str(exported), "--good", ".", "--out", "new.xml", check=False)
+    assert "scipy is missing, and this command needs it: install it with pip." in said
+    assert "Traceback" not in said
+
+
 def test_help_needs_neither_torch_nor_anomalib_nor_openvino():
     names = ["torch", "anomalib", "lightning", "timm", "openvino", "cv2", "numpy"]
     absent = f"import sys; sys.modules.update(dict.fromkeys({names}));"

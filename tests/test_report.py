@@ -1,5 +1,6 @@
 """The report's page: what counts on it, and its numbers in a real browser."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -88,6 +89,19 @@ def made_up(folder: Path, name: str = "x", number: int = 400) -> tuple[Contents,
     ]
     shown.sort(key=lambda one: -one.score)
     return Contents(Path("my model.xml"), verdict, shown, 0, 0, False), raw, bad
+
+
+def test_thresholds_without_a_range_and_frames_without_a_picture_make_a_page(tmp_path, monkeypatch):
+    """As with enable_normalization=False; a frame's video is not read as an image."""
+    contents, *_ = made_up(tmp_path)
+    scale = Scale(1.0, float("nan"), float("nan"))
+    verdict = dataclasses.replace(contents.verdict, image=scale, pixel=scale, normalize=False)
+    data = data_of(dataclasses.replace(contents, verdict=verdict), [""] * 400, tmp_path)
+    assert json.loads(as_script(data))["scale"] == {
+        "normalizes": False, "relative": False, "threshold": 1.0, "range": 0,
+    }  # fmt: skip
+    monkeypatch.setattr("stpm_plugin.deployment.report.contents.decode", lambda _: pytest.fail("read"))
+    assert pictures([Shown("line.avi#3", 0.5, 1.0, GOOD)], None, lambda: None) == [""]
 
 
 def test_no_name_of_a_file_ends_the_data(tmp_path):

@@ -19,6 +19,7 @@ from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.decoding import decode, jpeg_size
 from stpm_plugin.deployment.heatmaps import overlay
 from stpm_plugin.deployment.images import find_images, read_images
+from stpm_plugin.deployment.report.contents import contents_of, heatmap_of
 from stpm_plugin.errors import STPMError
 
 
@@ -251,6 +252,9 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
         (["{model}", "{images}", "--threshold", "-1"], "threshold=-1.0 must be above 0"),
         (["{model}", "{images}", "--batch", "0"], "batch=0 must be at least 1"),
         (["{model}", "{images}", "--ignore", "{broken}"], "cannot be read as an image"),
+        (["{model}", "{images}", "--ignore", "{seam}"], "seam.png leaves no pixel at 64 x 64: ignore less."),
+        (["{model}", "{cut}"], "cut.avi ends after 12 of 20 frames: copy it again."),
+        (["{model}", "{images}/**.png"], "**.png"),  # no pattern until Python 3.13, and then one of no image
         (["{model}", "{model}", "--watch"], "--watch takes folders"),
         (["{model}", "{images}", "--device", "TOASTER"], "device TOASTER cannot run"),
         (["{model}", "nowhere"], "no image found at nowhere"),
@@ -259,12 +263,66 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
 def test_bad_input_is_one_sentence(arguments, words, exported, numbered_images, tmp_path, capsys):
     broken = tmp_path / "broken.xml"
     broken.write_text("<net>\n")
-    places = {"model": exported, "images": numbered_images, "broken": broken}
-    assert stpm(["score", *(argument.format(**places) for argument in arguments)]) == 1
-    said = capsys.readouterr().err.strip()
-    assert words in said
-    assert "\n" not in said
+    seam = np.full((1000, 1000), 255, np.uint8)
+    seam[500:505] = 0
+    cv2.imwrite(str(tmp_path / "seam.png"), seam)
+    places = {"model": exported, "images": numbered_images, "broken": broken, "seam": tmp_path / "seam.png"}
+    places["cut"] = cut_video(tmp_path / "cut.avi")
+    code = stpm(["score", *(argument.format(**places) for argument in arguments)])
+    *before, said = (line for line in capsys.readouterr().err.splitlines() if "scored" not in line)
+    assert code == (2 if before else 1)  # of the video that was cut 12 frames have rows
+    assert words in (said if code == 1 else before[-1])
+    assert len(before) < 3
     assert "Traceback" not in said
+
+
+def cut_video(file: Path) -> Path:
+    """A video of twenty frames, of which twelve are left."""
+    generator = np.random.default_rng(0)
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 64))
+    for _ in range(20):
+        writer.write(generator.integers(0, 255, (64, 64, 3), np.uint8))
+    writer.release()
+    file.write_bytes(file.read_bytes()[: int(0.6 * file.stat().st_size)])
+    return file
+
+
+def test_a_heat_map_of_another_image_or_verdict_is_not_taken(exported, numbered_images, tmp_path):
+    """Of two folders, which draw to one place, and of a threshold that has moved since."""
+    for lot, source in (("one", "frame 7.png"), ("two", "frame 8.png")):
+        (tmp_path / lot).mkdir()
+        shutil.copy(numbered_images / source, tmp_path / lot / "a.png")
+    maps, table = tmp_path / "maps", tmp_path / "s.csv"
+    drawn = maps / "a.png.heatmap.jpg"
+    pictures = []
+    for lot, *more in (["one"], ["one"], ["two"], ["one"], ["one", "--restart", "--threshold", "3"]):
+        line = ["score", str(exported), str(tmp_path / lot), "--csv", str(table), "--heatmaps", str(maps), *more]
+        assert stpm(line) == 0
+        pictures.append((drawn.read_bytes(), drawn.stat().st_mtime_ns))
+        mine = {Path(one.path).parent.name: heatmap_of(one, maps) for one in contents_of(table, exported).images}
+        assert mine[lot] == drawn
+        assert [folder for folder in mine.values() if folder] == [drawn]
+    assert pictures[0] == pictures[1]  # not drawn again
+    assert pictures[3][0] == pictures[0][0]
+    assert len({content for content, _ in pictures}) == 3
+
+
+def test_a_folder_that_cannot_be_listed_is_named(exported, numbered_images, tmp_path, monkeypatch, capsys):
+    images = Path(shutil.copytree(numbered_images, tmp_path / "images"))
+    (images / "closed").mkdir()
+    listed = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert stpm(["score", str(exported), str(images)]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"{images / 'closed'}: Permission denied; fix this, then run the command again to resume.\n"
+    )
 
 
 @pytest.mark.parametrize(("suffix", "left"), [(".xml", "half"), (".xml", "empty"), (".bin", "half"), (".bin", "gone")])

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import cv2
 import numpy as np
 import openvino as ov
 import pytest
@@ -13,6 +14,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from torchvision.transforms.v2.functional import resize as torch_resize
 
 from stpm_plugin import STPMPostProcessor, STPMPreProcessor
+from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.deployment.exported_model import write
 from stpm_plugin.deployment.openvino_export import verdict_of
 from stpm_plugin.deployment.regions import regions
@@ -219,7 +221,33 @@ def raw(once, trained):
     return loaded(trained).eval(), exported_in(once("raw", export))
 
 
-def test_a_model_without_a_post_processor_gives_raw_scores_and_no_labels(raw):
+def test_a_precision_that_the_device_lacks_is_refused(exported):
+    missing = {"BF16": "bf16", "FP16": "f16"}
+    for name in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        missing.pop(name, None)
+    for precision in missing.values():
+        with pytest.raises(STPMError, match=f"precision={precision}: CPU computes only in f32"):
+            Scorer(exported, precision=precision)
+
+
+def test_a_graph_that_would_resize_again_takes_only_images_of_its_own_size(exported, tmp_path):
+    model = ov.Core().read_model(exported)
+    model.reshape([-1, 3, 96, 128])
+    ov.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)
+    scorer = Scorer(tmp_path / "model.xml")
+    (found,) = scorer.score_arrays([("a", textured(96, 128))], "RGB")
+    (usual,) = Scorer(exported).score_arrays([("a", textured(96, 128))], "RGB")
+    assert found.raw == pytest.approx(usual.raw, rel=1e-4)
+    with pytest.raises(STPMError, match="a has 64 x 64 pixels, and the model was exported for images of 96 x 128"):
+        list(scorer.score_arrays([("a", textured(64, 64))], "RGB"))
+
+
+def test_a_model_without_a_post_processor_gives_raw_scores_and_no_labels(raw, tmp_path, capsys):
+    line = ["score", str(raw[1]), str(tmp_path), "--csv", str(tmp_path / "s.csv"), "--fail-on-anomaly"]
+    cv2.imwrite(str(tmp_path / "a.png"), textured(64, 64))
+    assert stpm(line) == 1
+    assert "calls no image anomalous, since it has no threshold: omit --fail-on-anomaly." in capsys.readouterr().err
+    assert stpm(line[:-1]) == 0
     scorer = Scorer(raw[1])
     (found,) = scorer.score_arrays([("a", textured(64, 64))], "RGB")
     assert scorer.size == (64, 64)

@@ -16,6 +16,7 @@ from PIL import Image
 from stpm_plugin.commands.entry import main as stpm
 from stpm_plugin.deployment.images import images_below
 from stpm_plugin.deployment.watch import arrivals
+from stpm_plugin.errors import STPMError
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send a process these signals")
 DEADLINE = 60  # seconds
@@ -139,6 +140,22 @@ def test_a_folder_that_goes_while_it_is_listed_is_reported_once(numbered_images,
     found = next(arrivals([str(folder)], lambda _: False, pytest.fail, said.append))
     assert [Path(path).name for path in found] == ["frame 7.png"]
     assert [str(error) for error in said] == ["[Errno 2] No such file or directory: 'gone'"]
+
+
+def test_a_link_that_is_switched_ends_the_watch(folder, tmp_path, monkeypatch):
+    link = tmp_path / "today"
+    link.symlink_to(folder)
+
+    def watch(*_, **__):
+        yield set()
+        link.unlink()
+        link.symlink_to(tmp_path)
+        yield set()
+
+    monkeypatch.setattr("watchfiles.watch", watch)
+    monkeypatch.setattr("stpm_plugin.deployment.watch.UNTOLD", 0)
+    with pytest.raises(STPMError, match=f"{link} now leads to {tmp_path} instead of {folder}: start --watch again"):
+        next(arrivals([str(link)], lambda _: True, print, print))
 
 
 def test_a_file_that_vanishes_before_it_is_scored_is_named_once(exported, folder, tmp_path, monkeypatch, capsys):

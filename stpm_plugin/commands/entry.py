@@ -76,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except STPMError as error:
         print(error, file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(f"{error.name or error} is missing, and this command needs it: install it with pip.", file=sys.stderr)
+        return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{where}{error.strerror or error}.", file=sys.stderr)
@@ -109,7 +112,7 @@ def parse(given: Sequence[str]) -> Command:
     command = class_of(str(name))
     kept, passed_on = split(given) if "passed_on" in command.__dataclass_fields__ else (list(given), [])
     refuse_twice(kept)
-    found = parser.parse_args(kept)[str(name)]
+    found = parser.parse_args(file_first(kept, str(name)))[str(name)]
     made = command(**{key: value for key, value in vars(found).items() if key != "config_file"})
     if passed_on:
         made.passed_on = passed_on
@@ -160,6 +163,18 @@ def split(given: Sequence[str]) -> tuple[list[str], list[str]]:
         value = word.startswith(PASSED_ON) and "=" not in word
         (passed_on if here else own).append(word)
     return own, passed_on
+
+
+def file_first(given: Sequence[str], name: str) -> list[str]:
+    """Move ``--config-file`` before the options, which count more than what the file holds."""
+    words = list(given)
+    at = next((index for index, word in enumerate(words) if word.partition("=")[0] == "--config-file"), None)
+    if at is None:
+        return words
+    moved = words[at : at + (1 if "=" in words[at] else 2)]
+    del words[at : at + len(moved)]
+    start = words.index(name) + 1
+    return [*words[:start], *moved, *words[start:]]
 
 
 def refuse_twice(given: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..decoding import UNREADABLE
 from ..deployment.drift import Drift
-from ..deployment.heatmaps import file_of
+from ..deployment.heatmaps import belongs, file_of, mark
 from ..deployment.images import VIDEOS, find_images
 from ..deployment.scorer import Scored, Scorer
 from ..deployment.table import Stamp, Table, cell, stamp, video_of
@@ -42,6 +42,9 @@ class Run:
         self.root = common_folder(folders)
         self.worker = self._worker()
         scorer = self.worker.scorer
+        if options.fail_on_anomaly and not scorer.judges:
+            msg = f"{options.model} calls no image anomalous, since it has no threshold: omit --fail-on-anomaly."
+            raise STPMError(msg)
         self.table = Table(options.csv, scorer.digest, scorer.settings, options.restart, self.paths, options.watch)
         self.drift = Drift(scorer.verdict.held_out_scores if scorer.verdict else ())
         self.stamps: dict[str, Stamp | None] = {}
@@ -115,9 +118,11 @@ class Run:
         return self._kept(path)
 
     def _kept(self, name: str) -> bool:
-        """Whether an image or a video's frame has a row, and a heat map if one is wanted."""
-        folder = self.options.heatmaps
-        return self.table.has(name) and (folder is None or file_of(name, folder, self.root).exists())
+        """Whether an image or a video's frame has a row, and its own heat map if one is wanted."""
+        folder, scorer = self.options.heatmaps, self.worker.scorer
+        if folder is None or not self.table.has(name):
+            return self.table.has(name)
+        return belongs(file_of(name, folder, self.root), mark(name, stamp(name), scorer.digest, scorer.settings))
 
     def _stamped(self, paths: Sequence[str]) -> Any:
         """Note each image's stamp before it is read."""

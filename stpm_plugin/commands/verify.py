@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import binary_auroc
 from ..decoding import UNREADABLE
 from ..deployment.images import find_images, read_images
 from ..deployment.scorer import Scorer
-from ..deployment.settings import Precision
+from ..deployment.settings import Precision, precisions
 from ..deployment.table import cell, video_of
 from ..errors import STPMError
 from ..training.data_record import among
@@ -124,15 +124,6 @@ def exported_verdicts(scorer: Scorer, paths: Sequence[str], name: str) -> Verdic
     return Verdicts(np.array([scored.score for scored in found]), labels, spent)
 
 
-def precisions(device: str) -> list[Precision]:
-    """The precisions that a device computes in natively, f32 first."""
-    offered = (
-        ov.Core().get_property(device, "OPTIMIZATION_CAPABILITIES") if device in ov.Core().available_devices else []
-    )
-    faster: list[tuple[Precision, str]] = [("bf16", "BF16"), ("f16", "FP16")]
-    return ["f32", *(name for name, flag in faster if flag in offered)]
-
-
 def agree(
     before: Verdicts, after: Verdicts, defective: np.ndarray, unseen: np.ndarray, options: Verify
 ) -> tuple[bool, str]:
@@ -153,7 +144,7 @@ def agree(
 def compare(options: Verify) -> int:
     """Score each image with both and print how far they differ; returns the exit code."""
     eager, broken = load(options.checkpoint), dict[str, None]()
-    wanted = options.precision or precisions(options.device)
+    wanted = options.precision or precisions(ov.Core(), options.device)
     scorers = {name: Scorer(options.model, options.device, "latency", precision=name) for name in wanted}
     paths = find_images(options.images)
     read, before = eager_verdicts(eager, paths, broken)

@@ -57,6 +57,13 @@ def size_of(network: ov.Model) -> tuple[int, int] | None:
     return None
 
 
+def resizes_again(network: ov.Model) -> bool:
+    """Whether a graph of one size resizes its images to another one, so that others would be resized twice."""
+    return network.has_rt_info([SECTION, "size"]) and list(size_of(network) or ()) != json.loads(
+        network.get_rt_info([SECTION, "size"]).astype(str)
+    )
+
+
 def reaches_of(network: ov.Model) -> list[Reach] | None:
     """How far each level sees, of a graph that takes images of any size; ``None`` for other graphs."""
     if not network.has_rt_info([SECTION, REACHES]):

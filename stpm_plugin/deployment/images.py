@@ -43,7 +43,12 @@ def find_images(sources: Sequence[str]) -> list[str]:
         elif path.is_file():
             chosen = _chosen([path], SUFFIXES | VIDEOS)
         else:
-            chosen = _chosen(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))), SUFFIXES | VIDEOS)
+            try:
+                matched = list(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+            except ValueError as error:
+                msg = f"{source} is not a pattern ({error}): use one such as 'parts/**/*.png'."
+                raise STPMError(msg) from None
+            chosen = _chosen(matched, SUFFIXES | VIDEOS)
         if not chosen:
             msg = f"no image found at {source} ({', '.join(sorted(SUFFIXES))}): pass a folder, a file or a pattern."
             raise STPMError(msg)
@@ -53,7 +58,12 @@ def find_images(sources: Sequence[str]) -> list[str]:
 
 def images_below(folder: Path) -> list[str]:
     """List the image files below a folder, as :func:`find_images` does; the list may be empty."""
-    return _chosen(folder.rglob("*"), SUFFIXES)
+
+    def failed(error: OSError) -> None:
+        raise error
+
+    walked = os.walk(folder, onerror=failed)  # rglob passes over what cannot be listed
+    return _chosen((Path(at, name) for at, _, names in walked for name in names), SUFFIXES)
 
 
 def _chosen(files: Iterable[Path], suffixes: set[str]) -> list[str]:
@@ -111,7 +121,7 @@ def read_images(
 
     with ThreadPoolExecutor(DECODERS) as pool:
         waiting: deque[tuple[str, Future[Made | None]] | None] = deque()
-        for asked in itertools.chain(_items(paths, unreadable, skip), [None] * AHEAD):
+        for asked in itertools.chain(_items(paths, unreadable, refused, skip), [None] * AHEAD):
             waiting.append(asked and (asked[0], pool.submit(work, *asked)))
             if len(waiting) > AHEAD and (oldest := waiting.popleft()):
                 name, future = oldest
@@ -127,7 +137,7 @@ def read_images(
 
 
 def _items(
-    paths: Iterable[str], unreadable: Callable[[str], None], skip: Callable[[str], bool] | None
+    paths: Iterable[str], unreadable: Callable[[str], None], refused: Refused, skip: Callable[[str], bool] | None
 ) -> Iterator[tuple[str, np.ndarray | None]]:
     """Yield images to decode by their paths, and the frames of videos."""
     for path in paths:
@@ -142,4 +152,7 @@ def _items(
             if skip is None or not skip(name):
                 yield name, video.retrieve()[1]
             index += 1
+        said = int(video.get(cv2.CAP_PROP_FRAME_COUNT))  # of some formats an estimate
+        if video.isOpened() and (not index or index < 0.99 * said - 1):
+            refused(path, f"{path} ends after {index} of {said} frames: copy it again.")
         video.release()

@@ -14,13 +14,13 @@ import openvino as ov
 
 from ..decoding import UNREADABLE, read_ignored
 from ..errors import STPMError
-from .exported_model import digest, files_of, last_line, reaches_of, read_model, size_of, tensor_of
+from .exported_model import digest, files_of, last_line, reaches_of, read_model, resizes_again, size_of, tensor_of
 from .images import read_images
 from .large_images import LargeImages, as_input
 from .refusals import Refused, finite, raising, require_masks_size, require_size
 from .regions import Region, regions, shrunk
 from .resize import resize
-from .settings import Hint, Precision, check, for_device, in_words
+from .settings import Hint, Precision, check, for_device, in_words, require_precision
 from .verdict import RAW_MAP, RAW_SCORE, Scale, changed, read_verdict
 
 AS_EXPORTED = Scale(0.5)  # outputs of a model that describes no verdict: 0.5 is the threshold
@@ -109,6 +109,7 @@ class Scorer:
     ) -> None:
         check(hint, precision, batch, threads)
         core, path = ov.Core(), Path(model)
+        require_precision(core, device, precision)
         network = read_model(core, path, batch)
         self.batch, self.digest = batch, digest(files_of(path))
         self.labels = any("pred_label" in output.get_names() for output in network.outputs)
@@ -118,11 +119,14 @@ class Scorer:
         self.settings = in_words(device, precision, threshold, sensitivity, mask, reduced_decode)
         seen = None if self.verdict is None else reaches_of(network)
         self.size = size_of(network) if seen is None else None  # else nothing is resized
-        self.only = None if seen is None else size_of(network)
+        self.only = size_of(network) if seen is not None or resizes_again(network) else None
         self.smallest = 1 if seen is None else seen[-1].stride
         self.reduce_to = self.size if reduced_decode else None
         if reduced_decode and (self.size is None or ignore is not None):
             msg = "reduced_decode needs a model that resizes images, and no mask: omit reduced_decode."
+            raise STPMError(msg)
+        if self.ignored is not None and self.size is not None and shrunk(self.ignored, self.size).all():
+            msg = f"the mask {ignore} leaves no pixel at {self.size[0]} x {self.size[1]}: ignore less."
             raise STPMError(msg)
         if self.verdict is not None:
             network = ov.Model([tensor_of(network, name) for name in (RAW_SCORE, RAW_MAP)], network.get_parameters())
@@ -281,8 +285,7 @@ class Scorer:
             anomaly_map[ignored] = 0
         limit = verdict.image.limit if verdict.normalize else np.float32(verdict.image.raw_limit)
         score = verdict.image.normalize(raw) if verdict.normalize else raw
-        known = verdict.label and not math.isnan(verdict.image.threshold)
-        label = ("anomalous" if score > limit else "normal") if known else ""
+        label = ("anomalous" if score > limit else "normal") if self.judges else ""
         return float(score), float(raw), label, verdict.percentile(float(raw))
 
     def _shown(self, image: Any, raw_map: Any) -> tuple[tuple[Region, ...], np.ndarray, np.ndarray]:
@@ -291,6 +294,13 @@ class Scorer:
         normalizes = self.verdict is not None and self.verdict.normalize
         anomaly_map = scale.normalize(raw_map) if normalizes else raw_map
         return tuple(regions(anomaly_map, self.pixel_limit, image.shape[:2])), image, anomaly_map
+
+    @property
+    def judges(self) -> bool:
+        """Whether images get labels: not without a threshold."""
+        if self.verdict is None:
+            return self.labels
+        return self.verdict.label and not math.isnan(self.verdict.image.threshold)
 
     @property
     def pixel_limit(self) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import openvino as ov
+
 from ..errors import STPMError
 
 Hint = Literal["latency", "throughput"]
@@ -24,6 +26,25 @@ def check(hint: str, precision: str, batch: int, threads: int | None) -> None:
         if count is not None and count < 1:
             msg = f"{name}={count} must be at least 1."
             raise STPMError(msg)
+
+
+def precisions(core: ov.Core, device: str) -> list[Precision]:
+    """The precisions that a device computes in natively, f32 first."""
+    offered = core.get_property(device, "OPTIMIZATION_CAPABILITIES") if device in core.available_devices else []
+    faster: list[tuple[Precision, str]] = [("bf16", "BF16"), ("f16", "FP16")]
+    return ["f32", *(name for name, flag in faster if flag in offered)]
+
+
+def require_precision(core: ov.Core, device: str, precision: Precision) -> None:
+    """Refuse a precision that a device, if the name stands for one, would silently compute in float32.
+
+    Raises:
+        STPMError: It is one.
+    """
+    known = precisions(core, device)
+    if device in core.available_devices and precision not in known:
+        msg = f"precision={precision}: {device} computes only in {', '.join(known)}: use one of these."
+        raise STPMError(msg)
 
 
 def in_words(

@@ -48,16 +48,24 @@ def arrivals(
         known: Whether a file, as it is now, was dealt with.
         unreadable: Called once with the path of each file that has not changed for ten seconds and cannot be read.
         failed: Called with an error of the folders, once until they can be listed again; they are tried on.
+
+    Raises:
+        STPMError: A folder is a link that was switched to another folder.
     """
     from watchfiles import watch
 
     seen: dict[str, tuple[Stamp, float]] = {}  # stamp, and when it was new
     settled: dict[str, Stamp] = {}  # files that need no other look until they change
     looked, said = 0.0, ""
+    begun = {folder: Path(folder).resolve() for folder in folders}
     for changes in watch(*folders, rust_timeout=LOOK, yield_on_timeout=True, debounce=200, raise_interrupt=True):
         if not changes and not seen and time.monotonic() - looked < UNTOLD:
             continue
         whole, looked = [], time.monotonic()
+        for folder, at_first in begun.items():
+            if (now_at := Path(folder).resolve()) != at_first:
+                msg = f"{folder} now leads to {now_at} instead of {at_first}: start --watch again."
+                raise STPMError(msg)
         try:
             paths = dict.fromkeys(path for folder in folders for path in images_below(Path(folder)))
         except OSError as error:  # a folder was deleted while it was listed, or a network drive failed

@@ -10,6 +10,7 @@ import cv2
 from . import heatmaps
 from .refusals import Refused
 from .scorer import Scored, Scorer
+from .table import stamp
 
 
 class Worker:
@@ -47,5 +48,6 @@ class Worker:
         for scored in self.scorer.score(paths, maps, unreadable, skip, refused):
             if self.heatmaps is not None:
                 picture = heatmaps.draw(scored, self.scorer.pixel_limit)
-                heatmaps.write(picture, heatmaps.file_of(scored.path, self.heatmaps, self.root))
+                owner = heatmaps.mark(scored.path, stamp(scored.path), self.scorer.digest, self.scorer.settings)
+                heatmaps.write(picture, heatmaps.file_of(scored.path, self.heatmaps, self.root), owner)
             yield scored._replace(image=None, anomaly_map=None)

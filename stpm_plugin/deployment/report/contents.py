@@ -19,6 +19,7 @@ from ...decoding import decode
 from ...errors import STPMError
 from ...training.data_record import SHORT, identify
 from ..exported_model import HELD_OUT, SET_BY, TRAINED, digest, files_of, images_of, read_model
+from ..heatmaps import belongs, drive_of, mark
 from ..images import DECODERS, HEATMAP
 from ..settings import options_in
 from ..table import Stamp, read_rows, stamp, video_of
@@ -37,6 +38,7 @@ class Shown(NamedTuple):
         raw: Raw score.
         kind: ``good``, the name of its defects, or ``images`` where nothing is known.
         current: Whether its file is still the one that was scored.
+        owner: The mark of its heat map.
     """
 
     path: str
@@ -44,6 +46,7 @@ class Shown(NamedTuple):
     raw: float
     kind: str
     current: bool = True
+    owner: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,7 @@ def contents_of(table: Path, model: Path, kinds: Mapping[str, str] | None = None
             float(row[2] or row[1]),
             kinds.get(row[0], UNLABELLED),
             stamp(row[0]) == Stamp(row[6], row[7]),
+            mark(row[0], Stamp(row[6], row[7]), row[8], row[9]),
         )
         for row, role in zip(rows, roles, strict=True)
         if not role
@@ -166,7 +170,9 @@ def pictures(images: Sequence[Shown], heatmaps: Path | None, step: Callable[[], 
     def made(shown: Shown) -> str:
         if not shown.current:
             return ""
-        drawn = heatmap_of(shown.path, heatmaps)
+        drawn = heatmap_of(shown, heatmaps)
+        if drawn is None and video_of(shown.path) != shown.path:
+            return ""  # a frame has a picture only as a heat map
         picture = decode(str(drawn or video_of(shown.path)))  # not cv2.imread, which cannot open all of Windows' paths
         if picture is None:
             return ""
@@ -183,10 +189,11 @@ def pictures(images: Sequence[Shown], heatmaps: Path | None, step: Callable[[], 
     return found
 
 
-def heatmap_of(path: str, folder: Path | None) -> Path | None:
-    """An image's heat map in a folder that is laid out as the scored folders; ``None`` if there is none."""
+def heatmap_of(shown: Shown, folder: Path | None) -> Path | None:
+    """An image's own heat map in a folder that is laid out as the scored folders; ``None`` if there is none."""
     if folder is None:
         return None
-    parts = Path(path).parts[1:]
+    whole = Path(shown.path)
+    parts = [*filter(None, [drive_of(whole)]), *whole.parts[1:]]
     tails = (folder.joinpath(*parts[at:-1], parts[-1] + HEATMAP) for at in range(len(parts)))
-    return next((tail for tail in tails if tail.is_file()), None)
+    return next((tail for tail in tails if belongs(tail, shown.owner)), None)

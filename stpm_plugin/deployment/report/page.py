@@ -68,7 +68,7 @@ def data_of(contents: Contents, pictures: Sequence[str], folder: Path) -> dict[s
             "normalizes": verdict.normalize,
             "relative": relative,
             "threshold": scale.threshold,
-            "range": 0 if scale.low is None or scale.high is None else scale.high - scale.low,
+            "range": 0 if relative or not verdict.normalize else (scale.high or 0) - (scale.low or 0),
         },
         "model": str(contents.model),
     }
