@@ -1,6 +1,7 @@
 """Runs that are resumed, interrupted, bounded, monitored or changed by other callbacks."""
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import AnomalibDataset, Folder, ImageBatch
+from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from anomalib.metrics import AUROC, Evaluator
 from anomalib.models import Padim
@@ -23,11 +25,13 @@ from lightning.pytorch.callbacks import (
 )
 from PIL import Image
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import RandomErasing
 
 from stpm_plugin import STPM, DemoData
 from stpm_plugin.errors import STPMError
 from stpm_plugin.model.teacher_weights import load_teacher
 from stpm_plugin.training import selection
+from stpm_plugin.training.data_record import identify
 from stpm_plugin.training.diagnostics import explanation
 from stpm_plugin.training.schedule import one_cycle
 from stpm_plugin.training.selection import CHECKPOINT_KEY
@@ -94,7 +98,7 @@ def scored(monkeypatch, values):
 
 def drawn(root, sizes=((64, 64),), count=10):
     """Images of noise, of these heights and widths in turn."""
-    (root / "good").mkdir(parents=True)
+    (root / "good").mkdir(parents=True, exist_ok=True)
     for number in range(count):
         height, width = sizes[number % len(sizes)]
         pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -146,11 +150,12 @@ def test_other_images_begin_the_choice_anew(demo, tmp_path, monkeypatch, caplog)
     assert model.selection.scores == [0.6, 0.5]
 
 
-@pytest.mark.parametrize(("holdout", "epoch", "count"), [(0.2, 0, 4), (0.4, 2, 2)])
+@pytest.mark.parametrize(("holdout", "epoch", "count"), [(0.2, 0, 4), (0.4, 0, 4)])
 def test_an_earlier_choice_competes_on_its_own_images_alone(holdout, epoch, count, demo, tmp_path, monkeypatch):
     scored(monkeypatch, [0.1, 0.2, 0.5, 0.6])
     engine, first = fit(demo, tmp_path / "first", 2)
     _, model = fit(demo, tmp_path / "second", 4, engine.best_model_path, holdout=holdout)
+    assert model.data_record.held_out == first.data_record.held_out  # no other image can be: they all trained
     assert model.selection.chosen.epoch == epoch
     assert len(model.selection.scores) == count
     assert torch.equal(student(model), student(first)) == (epoch == 0)
@@ -167,12 +172,75 @@ def test_added_images_are_held_out_too(tmp_path):
     assert len(model.selection.scores) == 1
 
 
-def test_a_run_without_hold_out_goes_on_with_one(demo, tmp_path):
+def test_a_run_without_hold_out_goes_on_with_one_on_images_that_did_not_train(demo, tmp_path):
     engine, _ = fit(demo, tmp_path / "first", 1, holdout=0)
-    _, model = fit(demo, tmp_path / "second", 3, engine.best_model_path)
+    with pytest.raises(STPMError, match="all good images trained the checkpoint's student, so none can be held out"):
+        fit(demo, tmp_path / "second", 3, engine.best_model_path)
+    _, model = fit(drawn(tmp_path / "others"), tmp_path / "third", 3, engine.best_model_path)
     assert model.selection.chosen.epoch >= 1
     assert 0 < model.selection.chosen.score == min(model.selection.scores) < 2
     assert len(model.selection.scores) == 2
+
+
+def test_copies_of_a_held_out_image_are_held_out(tmp_path):
+    root = tmp_path / "images"
+    data = drawn(root)
+    _, model = fit(data, tmp_path / "first", 1)
+    held = [model.data_record.names[index] for index in model.data_record.held_out]
+    good = next(path for path in root.rglob("*.png") if path.name == Path(held[0]).name and "test" not in path.parts)
+    shutil.copy(good, good.with_name(f"copy of {good.name}"))
+    _, model = fit(drawn(root), tmp_path / "second", 1)
+    record = model.data_record
+    assert not set(record.held_out_digests) & set(record.trained_digests)
+    assert {record.digests[index] for index in record.held_out} == set(record.held_out_digests)
+
+
+def test_a_run_that_is_done_is_refused_and_stays_trained(demo, tmp_path):
+    engine, model = fit(demo, tmp_path / "first", 2)
+    threshold = float(model.post_processor.image_threshold)
+    with pytest.raises(STPMError, match="nothing is left to train: 2 of 2 epochs are done"):
+        engine.fit(model, datamodule=demo)
+    assert model.trained
+    assert float(model.post_processor.image_threshold) == threshold
+    with pytest.raises(STPMError, match="nothing is left to train: 2 of 2 epochs are done"):
+        fit(demo, tmp_path / "second", 2, engine.best_model_path)
+
+
+def test_a_new_fit_forgets_the_thresholds_of_another_student(demo, tmp_path):
+    engine, first = fit(demo, tmp_path / "first", 1)
+    assert torch.isfinite(first.post_processor.image_threshold)
+    trainer = {"limit_val_batches": 0}
+    _, model = fit(
+        drawn(tmp_path / "noise"), tmp_path / "second", 2, engine.best_model_path, holdout=0, trainer=trainer
+    )
+    assert not torch.isfinite(model.post_processor.image_limit)
+    assert (model.post_processor.basis, model.post_processor.held_out_scores) == ("none", [])
+
+
+def test_held_out_images_are_read_without_augmentations(demo, tmp_path):
+    """Their scores in training are those of the same images in a test of the chosen student."""
+    augmented = DemoData(root=demo.root, **TINY, train_augmentations=RandomErasing(p=1.0, scale=(0.3, 0.3)))
+    _, model = fit(augmented, tmp_path, 2, post_processor=STPMPostProcessor(normal_quantile=0.8))
+    record = model.data_record
+    paths = [str(path) for path in map(Path, augmented.train_data.samples.image_path)]
+    held = [path for path in paths if identify([Path(path)])[2][0] in record.held_out_digests]
+    model.eval()
+    found = [model.model(model.transform(read_image(path, as_tensor=True)[None])).pred_score for path in held]
+    assert model.post_processor.held_out_scores == pytest.approx(sorted(map(float, found)), rel=1e-4)
+
+
+def test_verdicts_are_of_full_precision_whatever_the_trainers(demo, tmp_path):
+    _, model = fit(demo, tmp_path, 1)
+    model.eval()
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    plain = model.model(image).pred_score
+    for step in (model.validation_step, model.test_step, model.predict_step):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(step(ImageBatch(image=image), 0).pred_score, plain)
+    engine = Engine(default_root_dir=tmp_path, accelerator="cpu", precision="bf16-true", logger=False)
+    with pytest.raises(STPMError, match="bf16-true would change the teacher"):
+        engine.predict(model, datamodule=demo)
+    assert next(model.parameters()).dtype == torch.float32
 
 
 # A failed fit leaves nothing behind

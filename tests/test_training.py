@@ -305,8 +305,10 @@ def test_of_too_many_images_a_part_is_drawn_and_the_others_are_not_read(demo_roo
     assert "one pass over 10 good images would take more steps than `steps` allows: 5 of them are drawn" in caplog.text
     assert model.data_record.names == [images[index].name for index in drawn]
     assert len(model.data_record.held_out) == 1
-    _, again = fit(data, tmp_path / "second", None, Path(engine.best_model_path), **budget)
+    _, again = fit(data, tmp_path / "second", None, **budget)
     assert again.data_record == model.data_record
+    with pytest.raises(STPMError, match="nothing is left to train: 1 of 1 epochs are done"):
+        fit(data, tmp_path / "second", None, Path(engine.best_model_path), **budget)
     with pytest.raises(STPMError, match="cannot be read"):  # a run that names its length takes all
         fit(data, tmp_path / "third", 1, **budget)
 

@@ -64,14 +64,16 @@ def round_model(
     order = torch.randperm(len(trained), generator=torch.Generator().manual_seed(record.seed if record else 0)).tolist()
     calibration = [trained[index] for index in order[:CALIBRATION_IMAGES]]
     parts = (calibration, [] if max_drop is None else held_out)
-    images, held = ([images_of(b).numpy() for b in fitted(read(loader, chosen, 1), size)] for chosen in parts)
+    images, held = (
+        [images_of(b).numpy() for b in fitted(read(loader, chosen, 1, plain=True), size)] for chosen in parts
+    )
     core = ov.Core()
     core.set_property({"ENABLE_MMAP": False})  # the caller removes the folder, and Windows keeps mapped files
     exact = core.read_model(source)
     model = quantize(exact, images, held, max_drop)
     if post_processor is not None:
         validation = datamodule.val_dataloader() if hasattr(datamodule, "val_data") else []
-        batches = (fitted(read(loader, held_out, 1), size), fitted(validation, size))
+        batches = (fitted(read(loader, held_out, 1, plain=True), size), fitted(validation, size))
         post_processor = with_thresholds(post_processor, model, exact, *batches)
     return model, post_processor
 

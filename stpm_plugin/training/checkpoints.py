@@ -101,7 +101,8 @@ class Checkpointed(Base):
         saved_state.restore(_stpm(self), state, self.stated)
         super().on_load_checkpoint(checkpoint)
         own = self.state_dict()  # of metrics and a visualizer, which learn nothing and may be others
-        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "post_processor."))}
+        parts = ("model.",) if _stpm(self).post_processor is None else ("model.", "post_processor.")
+        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}
         kept = {name: tensor for name, tensor in kept.items() if name not in saved_state.GONE}
         taken = (saved_state.KEY, "evaluator.")  # what was restored is settled, and said once
         checkpoint["state_dict"] = {name: one for name, one in own.items() if name.startswith(taken)} | kept

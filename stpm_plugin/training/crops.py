@@ -41,10 +41,14 @@ class CroppedImages(NormalImages):
         """Yield the same windows of this process's held-out images in each epoch."""
         indices = self._split.holdout
         each = -(-CHOSEN_BY // max(1, len(indices)))
-        for index, image in zip(indices, self._whole(indices, len(self._split.train)), strict=True):
+        for index, image in zip(indices, self._whole(indices, len(self._split.train), plain=True), strict=True):
             for number in range(each):
                 window = draw_window(image.shape[-2:], self.module, self._record.seed, index, number)
                 yield Good(self._prepared(window.of(image)[None].float() / 255), None, window)
+
+    def by_image(self, values: Tensor) -> Tensor:
+        """The highest value of each image's windows."""
+        return values.reshape(len(self._split.holdout), -1).amax(1)
 
     def at(self, numbers: Sequence[int]) -> Iterator[Tensor]:
         """Yield this process's training images (3, H, W), uint8, by their numbers among them."""
@@ -61,17 +65,17 @@ class CroppedImages(NormalImages):
         self._kept = self._keep_bytes([*self._split.train, *self._split.holdout]) if self._may_keep() else None
         return CropBatches(self, self._loader, indices, self._batch_size, seed)
 
-    def _read(self, indices: Sequence[int], start: int) -> Iterator[Good]:
+    def _read(self, indices: Sequence[int], start: int, plain: bool = False) -> Iterator[Good]:
         """Yield whole images at indices in the data set, kept from ``start`` on."""
-        for image in self._whole(indices, start):
+        for image in self._whole(indices, start, plain):
             yield Good(self._prepared(image[None].float() / 255))
 
-    def _whole(self, indices: Sequence[int], start: int) -> Iterator[Tensor]:
+    def _whole(self, indices: Sequence[int], start: int, plain: bool = False) -> Iterator[Tensor]:
         """Yield images (3, H, W), uint8, at indices in the data set, kept from ``start`` on."""
         if self._kept is not None:
             yield from (self._kept.get(index) for index in range(start, start + len(indices)))
         else:
-            yield from (self._bytes(batch) for batch in read(self._loader, indices, 1))
+            yield from (self._bytes(batch) for batch in read(self._loader, indices, 1, plain))
 
     def _bytes(self, batch: ImageBatch) -> Tensor:
         """An image (3, H, W) as it was read, uint8, of a batch of one in [0, 1].

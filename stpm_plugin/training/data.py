@@ -6,6 +6,7 @@ because the same images and teacher features are needed in every epoch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -105,6 +106,15 @@ def augments(dataset: Any, transform: v2.Transform | None) -> bool:
     return False
 
 
+def steady(transform: Any) -> Any:
+    """A data set's transform without the parts that may change an image from one epoch to the next."""
+    if isinstance(transform, v2.Compose | torch.nn.Sequential):
+        parts = transform.transforms if isinstance(transform, v2.Compose) else list(transform)
+        kept = [part for part in map(steady, parts) if part is not None]
+        return v2.Compose(kept) if kept else None
+    return transform if isinstance(transform, DETERMINISTIC) else None
+
+
 def parts_besides(transform: v2.Transform | None, kinds: tuple[type, ...]) -> list[v2.Transform]:
     """The parts of a pre-processor's transform that are of none of these kinds."""
     parts = [part for part in (transform, *getattr(transform, "transforms", ())) if part is not None]
@@ -199,13 +209,14 @@ def sizes_differ(path: Any, shape: Sequence[int], others: Sequence[int]) -> str:
     )
 
 
-def read(loader: DataLoader, indices: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
+def read(loader: DataLoader, indices: Sequence[int], batch_size: int, plain: bool = False) -> Iterator[ImageBatch]:
     """Read the images at ``indices``, in that order, as a datamodule's loader would.
 
     Args:
         loader: The datamodule's loader: its data set, collation and workers are used.
         indices: Indices in the data set.
         batch_size: Images in a batch.
+        plain: Leave out training augmentations, as for images that set a threshold.
 
     Yields:
         Batches of images (B, 3, H, W) in [0, 1].
@@ -213,8 +224,12 @@ def read(loader: DataLoader, indices: Sequence[int], batch_size: int) -> Iterato
     Raises:
         STPMError: A file cannot be read, holds what anomalib misreads, or has another size than its neighbours.
     """
+    dataset: Any = loader.dataset
+    if plain and getattr(dataset, "augmentations", None) is not None:
+        dataset = copy.copy(dataset)
+        dataset.augmentations = steady(dataset.augmentations)
     batches = DataLoader(
-        _Readable(loader.dataset),
+        _Readable(dataset),
         batch_size=batch_size,
         sampler=list(indices),
         num_workers=loader.num_workers,

@@ -30,12 +30,11 @@ RESULTS_OPTION = "--default_root_dir (--results of stpm train)"
 LOST_PEER = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
-def check_run(trainer: Trainer, module: STPM) -> None:
-    """Refuse, before anything is read, a run that could only fail later.
+def check_precision(trainer: Trainer) -> None:
+    """Refuse a precision that would round the networks themselves.
 
     Raises:
-        STPMError: The trainer's precision would round the distances, a threshold needs images that are not held out, or
-            the pre-processor could not be saved.
+        STPMError: It is one.
     """
     if str(trainer.precision) not in PRECISIONS:
         msg = (
@@ -43,6 +42,14 @@ def check_run(trainer: Trainer, module: STPM) -> None:
             f"{', '.join(PRECISIONS)}."
         )
         raise STPMError(msg)
+
+
+def check_run(module: STPM) -> None:
+    """Refuse, before anything is read, a run that could only fail later.
+
+    Raises:
+        STPMError: A threshold needs images that are not held out, or the pre-processor could not be saved.
+    """
     post_processor = module.post_processor
     if (
         isinstance(post_processor, STPMPostProcessor)

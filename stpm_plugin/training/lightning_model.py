@@ -195,7 +195,7 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
 
     def plan(self, images: NormalImages) -> None:
         """Check a run before it starts, and bound it and its images if it names no length."""
-        check_run(self.trainer, self)
+        check_run(self)
         steps = steps_in_a_pass(self.trainer, images.batches_in_a_pass)
         if self.steps is not None and steps > self.steps[1] and names_no_length(self.trainer):
             images.draw(self.steps[1] / steps)
@@ -262,8 +262,10 @@ class STPM(Checkpointed, TrainedOnly, AnomalibModule):
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch of images (B, 3, H, W)."""
-        del args, kwargs
-        return batch.update(**self.model(batch.image)._asdict())
+        with torch.autocast(self.device.type, enabled=False):  # of the trainer's precision: as every export computes
+            return batch.update(**self.model(batch.image)._asdict())
+
+    test_step = predict_step = validation_step
 
     @property
     def transform(self) -> Any:
@@ -304,10 +306,9 @@ def check_crops(module: STPM) -> None:
         msg = f"crop_size={module.crop_size} must be the side of a crop, pixels, such as 256."
         raise STPMError(msg)
     if module.network_size is not None:
-        height, width = module.network_size
         msg = (
             f"crop_size={module.crop_size} trains on crops of images at their own size, but these are resized to "
-            f"{height} x {width}: set image_size to null, or omit crop_size."
+            f"{module.network_size[0]} x {module.network_size[1]}: set image_size to null, or omit crop_size."
         )
         raise STPMError(msg)
 
@@ -333,9 +334,8 @@ def seeded_model(seed: int | None, *arguments: Any) -> STPMModel:
 
 def default_pre_processor(backbone: str, image_size: tuple[int, int] | None) -> PreProcessor:
     """Resize to ``image_size``, if there is one, and normalise as the backbone's weights of timm were trained."""
-    config = timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
-    statistics: dict[str, Any] = {"mean": config.mean, "std": config.std} if config else {}
-    return STPMPreProcessor(image_size=image_size, **statistics)
+    config: Any = timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
+    return STPMPreProcessor(image_size=image_size, **({"mean": config.mean, "std": config.std} if config else {}))
 
 
 @functools.cache

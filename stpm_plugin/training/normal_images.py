@@ -31,7 +31,7 @@ from .data import (
     share_out,
     sizes_differ,
 )
-from .data_record import DataRecord, identify, paths_of
+from .data_record import UNKNOWN, DataRecord, identify, paths_of
 from .feature_cache import FeatureCache, open_cache
 from .placement import learn
 
@@ -125,6 +125,7 @@ class NormalImages:
         """The training batches; the first call splits, identifies and keeps the images."""
         self.module.ready_teacher()  # each time: a learning-rate finder restores the model between two calls
         if self._batches is None:
+            self._require_work()
             self._batches = self._open()
         self._use_places()  # likewise
         self._batches.batch_size = self._batch_size  # a batch-size finder changes it between two calls
@@ -142,12 +143,16 @@ class NormalImages:
         return len(self._split.train) * self.module.trainer.world_size
 
     def held_out(self) -> Iterator[Good]:
-        """Yield this process's held-out images."""
-        return self._read(self._split.holdout, len(self._split.train))
+        """Yield this process's held-out images, without training augmentations."""
+        return self._read(self._split.holdout, len(self._split.train), plain=True)
 
     def for_choice(self) -> Iterator[Good]:
         """Yield the held-out images that judge each epoch."""
         return self.held_out()
+
+    def by_image(self, values: Tensor) -> Tensor:
+        """The values of each held-out image of this process, of those (N,) that :meth:`for_choice` led to."""
+        return values
 
     def training(self) -> Iterator[Good]:
         """Yield this process's training images, in order."""
@@ -156,6 +161,17 @@ class NormalImages:
     @property
     def _batch_size(self) -> int:
         return self.module.batch_size or cast("int", self.source.train_dataloader().batch_size)
+
+    def _require_work(self) -> None:
+        """Refuse a run that would train nothing, before anything of the model changes."""
+        loop = self.module.trainer.fit_loop
+        if loop.done:
+            done, most = loop.trainer.current_epoch, loop.max_epochs
+            msg = (
+                f"nothing is left to train: {done} of {most} epochs are done. Set max_epochs higher, make a new "
+                "Engine, or use the checkpoint as it is."
+            )
+            raise STPMError(msg)
 
     def _open(self) -> TrainingBatches:
         module, trainer = self.module, self.module.trainer
@@ -191,16 +207,30 @@ class NormalImages:
         return own if own is not None else int(self.module.trainer.strategy.broadcast(given))
 
     def _hold_out(self, drawn: Sequence[int], seed: int, before: DataRecord | None) -> DataRecord:
-        """Identify the images and hold some out: those of the checkpoint's run, and a share of the images it lacked."""
+        """Identify the images and hold some out: those of the checkpoint's run, and a share of the images it lacked.
+
+        No content both trains and is held out, neither in this run nor in the checkpoint's.
+
+        Raises:
+            STPMError: All images trained the checkpoint's student.
+        """
         module, trainer = self.module, self.module.trainer
         paths = paths_of(self._loader.dataset)
         found = identify([paths[index] for index in drawn] if paths else []) if trainer.is_global_zero else None
         names, sizes, digests = cast("tuple[list[str], list[int], list[str]]", trainer.strategy.broadcast(found))
         held = hold_out(len(drawn), module.holdout, seed, trainer.world_size)
-        if before and before.identified and before.held_out and before.holdout == module.holdout:
+        if module.holdout and before and before.identified and digests:
             again = [index for index, digest in enumerate(digests) if digest in before.held_out_digests]
-            if len(again) == len(before.held_out):
-                held = sorted({*again, *(index for index in held if digests[index] not in before.trained_digests)})
+            held = sorted({*again, *(index for index in held if digests[index] not in before.trained_digests)})
+            if len(held) < trainer.world_size:
+                msg = (
+                    "all good images trained the checkpoint's student, so none can be held out: set holdout=0, add "
+                    "good images, or train without the checkpoint."
+                )
+                raise STPMError(msg)
+        if digests and UNKNOWN not in digests:
+            contents = {digests[index] for index in held}
+            held = [index for index, digest in enumerate(digests) if digest in contents]
         return DataRecord(names, sizes, digests, held, module.holdout, seed)
 
     def _may_keep(self) -> bool:
@@ -245,10 +275,10 @@ class NormalImages:
         images = images.to(self.module.device)
         return self.module.transform(images) if self.module.transform else images
 
-    def _read(self, indices: Sequence[int], start: int) -> Iterator[Good]:
+    def _read(self, indices: Sequence[int], start: int, plain: bool = False) -> Iterator[Good]:
         """Yield images and unit vectors at indices in the data set, kept in the cache from ``start`` on."""
         if self._cache is None:
-            for batch in read(self._loader, indices, self._batch_size):
+            for batch in read(self._loader, indices, self._batch_size, plain):
                 images = self._prepared(images_of(batch))
                 yield Good(images, self.module.model.teach(images))
         else:

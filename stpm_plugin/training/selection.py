@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import STPMError
 from .crops import CroppedImages
+from .diagnostics import check_precision
 from .held_out import Matched, gathered, ordinary_score, predicted, score, share_statistics
 from .mask import read_mask
 from .normal_images import NormalImages, StandIn
@@ -72,13 +73,13 @@ class WeightSelection(Callback):
     # Before a run, and after it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the mask, and stand in for the datamodule's training batches."""
+        """Check the precision; before a fit read the mask, and stand in for the datamodule's training batches."""
+        check_precision(trainer)
         if stage != "fit":
             return
         module = cast("STPM", pl_module)
         self._give_back(trainer)
         self._reset()
-        module.trained = False
         self._resized = module.network_size is not None
         source = getattr(trainer, "datamodule", None)
         if source is None:
@@ -112,6 +113,11 @@ class WeightSelection(Callback):
         self.images = None
 
     # The choice
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on the weights change; a run that is refused before leaves a trained model trained."""
+        if self.chosen is None:
+            cast("STPM", pl_module).trained = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -169,8 +175,9 @@ class WeightSelection(Callback):
             return
         self._set_ordinary(module, kept, self._run_images.held)
         if isinstance(module.post_processor, STPMPostProcessor):  # until the run is complete
-            scored = (module.model.score(*matched) for matched in kept)
-            module.post_processor.set_from_normal_images(*gathered(module, of_held_out(scored), self._run_images.held))
+            scored = of_held_out(module.model.score(*matched) for matched in kept)
+            own = self._run_images.by_image(scored[0]), self._run_images.by_image(scored[1])
+            module.post_processor.set_from_normal_images(*gathered(module, own, self._run_images.held))
 
     def complete(self, module: STPM) -> None:
         """In the last epoch, set the chosen weights' thresholds in full precision, and from the validation set.
@@ -188,6 +195,8 @@ class WeightSelection(Callback):
         self._calibrated = chosen
         if module.post_processor is not None:
             held_out = gathered(module, of_held_out(predicted(module, images.held_out())), images.held)
+            if isinstance(module.post_processor, STPMPostProcessor):
+                module.post_processor.forget()
             calibrate(module.post_processor, held_out, scored_validation(module, images.source))
         self._use_training(module)
 

@@ -10,6 +10,7 @@ from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from ..errors import STPMError
@@ -130,6 +131,18 @@ class STPMPostProcessor(PostProcessor):
         ]
 
     # How thresholds are set
+
+    def forget(self) -> None:
+        """Drop all thresholds and ranges, such as those of another student, and scores that are half collected."""
+        self.basis, self.held_out_scores, self.held_out_maxima = NO_BASIS, [], []
+        for buffer in self.buffers(recurse=False):
+            buffer.fill_(torch.nan)
+        self.on_validation_start()
+
+    def on_validation_start(self, *args: Any, **kwargs: Any) -> None:
+        """Begin with no scores: an earlier validation may have been interrupted."""
+        for part in (part for part in self.children() if isinstance(part, Metric)):
+            part.reset()
 
     def set_from_normal_images(self, scores: Tensor, maxima: Tensor) -> None:
         """Set both thresholds from held-out good images.

@@ -38,7 +38,8 @@ def validates_each_epoch(trainer: Trainer, module: STPM) -> bool:
                 f"to val_metrics of anomalib.metrics.Evaluator (--model.evaluator), or monitor one of {there}."
             )
             raise STPMError(msg)
-    return bool(measured) or trainer.check_val_every_n_epoch != 1 or trainer.val_check_interval != 1.0
+    interval = getattr(trainer, "val_check_interval", None)  # Lightning sets none if it is a time
+    return bool(measured) or trainer.check_val_every_n_epoch != 1 or interval != 1.0
 
 
 @torch.no_grad()
