@@ -152,7 +152,7 @@ def _items(
             if skip is None or not skip(name):
                 yield name, video.retrieve()[1]
             index += 1
-        said = int(video.get(cv2.CAP_PROP_FRAME_COUNT))  # of some formats an estimate
+        said = 0 if path.lower().endswith(".mkv") else int(video.get(cv2.CAP_PROP_FRAME_COUNT))  # there an estimate
         if video.isOpened() and (not index or index < 0.99 * said - 1):
             refused(path, f"{path} ends after {index} of {said} frames: copy it again.")
         video.release()
