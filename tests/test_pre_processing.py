@@ -1,8 +1,12 @@
 import pytest
 import torch
-from torchvision.transforms.v2 import Compose, Normalize, Resize
+from anomalib.pre_processing import PreProcessor
+from conftest import MODEL
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 from torchvision.transforms.v2.functional import resize
 
+from stpm_plugin import STPM
+from stpm_plugin.errors import STPMError
 from stpm_plugin.model.pre_processing import AntialiasedResize, STPMPreProcessor, resize_weights
 
 
@@ -33,3 +37,19 @@ def test_a_resize_that_does_not_antialias_stays_as_it_is():
     transform = Compose([Resize((32, 32), antialias=False), Normalize([0.5] * 3, [0.5] * 3)])
     images = torch.rand(1, 3, 100, 90)
     torch.testing.assert_close(STPMPreProcessor(transform)(images), transform(images))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        PreProcessor(Compose([Resize((64, 64), antialias=True), Normalize([0.5] * 3, [0.5] * 3)])),
+        STPMPreProcessor(Resize((64, 64), InterpolationMode.BICUBIC, antialias=True)),
+        STPMPreProcessor(Compose([Resize(72, antialias=True), CenterCrop((64, 64))])),
+    ],
+)
+def test_an_export_that_would_not_antialias_is_refused(made, tmp_path):
+    model = STPM(**{**MODEL, "pre_processor": made})
+    model.trained = True
+    for export in (model.to_torch, model.to_onnx, model.to_openvino):
+        with pytest.raises(STPMError, match="its exported form would not, so scores would differ"):
+            export(tmp_path)

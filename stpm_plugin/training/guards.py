@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 from torch.export import Dim
+from torchvision.transforms.v2 import Resize
 
 from ..errors import STPMError
 from ..model.tracing import traceable
@@ -65,14 +67,31 @@ class TrainedOnly(Base):
 
     # Export
 
+    def require_exportable(self) -> None:
+        """Refuse to export an untrained model, or one that would resize in another way than it was trained.
+
+        Raises:
+            STPMError: It is untrained, or its pre-processor antialiases and the exported form of it would not.
+        """
+        self.require_trained()
+        trained, exported = (
+            resizes(getattr(self.pre_processor, name, None)) for name in ("transform", "export_transform")
+        )
+        if any(part.antialias for part in trained) and not all(part.antialias for part in exported):
+            msg = (
+                "the pre-processor's Resize antialiases, and its exported form would not, so scores would differ: use "
+                "stpm_plugin.STPMPreProcessor, and a Resize to a height and a width, bilinear."
+            )
+            raise STPMError(msg)
+
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
         """Export a trained model as anomalib does."""
-        self.require_trained()
+        self.require_exportable()
         return super().to_torch(*args, **kwargs)
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # anomalib's differs from Lightning's
         """Export a trained model that is not tiled, as anomalib does."""
-        self.require_trained()
+        self.require_exportable()
         if self.model.tiler is not None:
             msg = "a tiled model cannot be exported to ONNX or OpenVINO: train it on whole images, or use to_torch."
             raise STPMError(msg)
@@ -87,8 +106,14 @@ class TrainedOnly(Base):
         """Export as anomalib does, except for INT8: see :func:`stpm_plugin.deployment.openvino_export.export`."""
         from ..deployment.openvino_export import export  # the one import upward; OpenVINO takes seconds to import
 
-        self.require_trained()
+        self.require_exportable()
         return export(cast("STPM", self), super().to_openvino, export_root, *args, **kwargs)
+
+
+def resizes(transform: Any) -> list[Resize]:
+    """Torchvision's resizes among the parts of a transform."""
+    parts = getattr(transform, "transforms", transform if isinstance(transform, nn.Sequential) else [transform])
+    return [part for part in parts if isinstance(part, Resize)]
 
 
 def any_size(stride: int) -> tuple[dict[int, Any]]:
