@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
-
-import openvino as ov
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import STPMError
+
+if TYPE_CHECKING:
+    import openvino as ov  # `stpm --help` needs none of it
 
 Hint = Literal["latency", "throughput"]
 Precision = Literal["f32", "bf16", "f16"]
