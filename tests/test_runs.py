@@ -36,6 +36,7 @@ from stpm_plugin.training.diagnostics import explanation
 from stpm_plugin.training.schedule import one_cycle
 from stpm_plugin.training.selection import CHECKPOINT_KEY
 from stpm_plugin.training.thresholds import STPMPostProcessor
+from stpm_plugin.training.validation import validates_each_epoch
 
 
 class Seen(Callback):
@@ -573,3 +574,39 @@ def test_full_memory_is_no_lost_process():
         assert explanation(trainer, error).startswith("out of memory in epoch 3: lower batch_size")
     lost = explanation(trainer, RuntimeError("[gloo] Connection closed by peer"))
     assert lost.startswith("process 1 of 2 lost the others in epoch 3")
+
+
+def test_a_time_between_validations_validates():
+    """Lightning then sets no `val_check_interval` at all."""
+    module = SimpleNamespace(evaluator=None)
+    assert validates_each_epoch(SimpleNamespace(callbacks=[], check_val_every_n_epoch=1), module)
+    whole = SimpleNamespace(callbacks=[], check_val_every_n_epoch=1, val_check_interval=1.0)
+    assert not validates_each_epoch(whole, module)
+
+
+def test_scores_of_an_interrupted_validation_are_forgotten():
+    judge = STPMPostProcessor()
+    for begun in (False, True):
+        if begun:
+            judge.on_validation_start(None, None)
+        else:
+            judge.on_validation_batch_end(None, None, labelled([7.0, 9.0], [0, 1]))  # and then it ends
+    judge.on_validation_batch_end(None, None, labelled([0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1]))
+    judge.on_validation_epoch_end(None, None)
+    assert 0.2 < float(judge.image_limit) < 0.8
+    assert float(judge.image_max) == pytest.approx(0.9)
+
+
+def labelled(scores, labels):
+    """A batch as a model scores it."""
+    size = len(scores)
+    found = {"pred_score": torch.tensor(scores), "anomaly_map": torch.zeros(size, 1, 4, 4)}
+    return ImageBatch(image=torch.zeros(size, 3, 4, 4), gt_label=torch.tensor(labels), **found)
+
+
+def test_a_checkpoint_loads_without_its_post_processor(demo, tmp_path):
+    engine, model = fit(demo, tmp_path, 1)
+    raw = STPM.load_from_checkpoint(engine.best_model_path, post_processor=False)
+    assert raw.post_processor is None
+    image = torch.rand(1, 3, 64, 64)
+    assert torch.equal(raw.eval().model(image).pred_score, model.eval().model(image).pred_score)
